@@ -1,0 +1,117 @@
+#include "common/parallel.hpp"
+
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+#ifdef _WIN32
+#include <process.h>
+#else
+#include <unistd.h>
+#endif
+
+namespace moeyard {
+namespace {
+
+long process_id() {
+#ifdef _WIN32
+  return _getpid();
+#else
+  return getpid();
+#endif
+}
+
+// One job at a time: workers and the caller draw task numbers from `next` until none is left.
+class Pool {
+ public:
+  explicit Pool(long pid) : pid(pid) {}
+
+  bool try_run(int64_t count, int threads, const std::function<void(int64_t)>& task) {
+    std::unique_lock<std::mutex> use(in_use_, std::try_to_lock);
+    if (!use.owns_lock()) return false;
+    const int helpers = int(std::min<int64_t>(threads - 1, count - 1));
+    grow(helpers);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      task_ = &task, count_ = count, next_ = 0, error_ = nullptr;
+      wanted_ = helpers, running_ = 0, ++generation_;
+    }
+    wake_.notify_all();
+    draw();
+    std::unique_lock<std::mutex> lock(mutex_);
+    wanted_ = 0;  // a worker that has not joined yet finds nothing left to do
+    done_.wait(lock, [&] { return running_ == 0; });
+    if (error_) std::rethrow_exception(error_);
+    return true;
+  }
+
+  const long pid;
+
+ private:
+  // A system that refuses another thread costs speed, not the call: the caller draws every task that is left.
+  void grow(int workers) {
+    try {
+      for (; size_ < workers; ++size_) std::thread(&Pool::work, this).detach();
+    } catch (const std::system_error&) {
+    }
+  }
+
+  void draw() {
+    for (int64_t i; (i = next_.fetch_add(1)) < count_;) {
+      try {
+        (*task_)(i);
+      } catch (...) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        if (!error_) error_ = std::current_exception();
+        next_ = count_;
+      }
+    }
+  }
+
+  void work() {
+    int64_t seen = 0;
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [&] { return generation_ != seen && wanted_ > 0; });
+      seen = generation_, --wanted_, ++running_;
+      lock.unlock();
+      draw();
+      lock.lock();
+      if (--running_ == 0) done_.notify_one();
+    }
+  }
+
+  std::mutex in_use_, mutex_;
+  std::condition_variable wake_, done_;
+  const std::function<void(int64_t)>* task_ = nullptr;
+  int64_t count_ = 0, generation_ = 0;
+  std::atomic<int64_t> next_{0};
+  int wanted_ = 0, running_ = 0, size_ = 0;
+  std::exception_ptr error_;
+};
+
+// The pool is never destroyed: its workers sleep until the process ends. In a forked child the parent's pool has no
+// threads and perhaps a held lock, so it is left alone and a new one takes its place.
+Pool& pool() {
+  static std::atomic<Pool*> current{nullptr};
+  Pool* have = current.load(std::memory_order_acquire);
+  const long pid = process_id();
+  while (!have || have->pid != pid) {
+    Pool* fresh = new Pool(pid);
+    if (current.compare_exchange_strong(have, fresh, std::memory_order_acq_rel)) return *fresh;
+    delete fresh;
+  }
+  return *have;
+}
+
+}  // namespace
+
+void run_tasks(int64_t count, int threads, const std::function<void(int64_t)>& task) {
+  if (threads > 1 && count > 1 && pool().try_run(count, threads, task)) return;
+  for (int64_t i = 0; i < count; ++i) task(i);
+}
+
+}  // namespace moeyard

@@ -1,0 +1,1 @@
+"""Data: batching and structures. Sees `ops` only, never `nn`."""

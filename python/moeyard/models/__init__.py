@@ -1,0 +1,1 @@
+"""Models: one file per model, its config on top. Sees `nn`, `data` and `ops`."""

@@ -1,0 +1,1 @@
+"""Layers above the ops: router, experts, MoE layer, losses, message passing. Sees `ops` only."""

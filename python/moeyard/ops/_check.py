@@ -1,0 +1,72 @@
+"""Argument checks shared by the ops: each error names the argument, what was expected and what came.
+
+Everything here looks at types, shapes, dtypes and devices only, so the same checks run for real and for fake tensors.
+Values are checked by the native code, which reads them anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def tensor(name: str, value: Any, *, optional: bool = False) -> None:
+    """TypeError unless `value` is a strided (dense) tensor, or None where that is allowed."""
+    if value is None and optional:
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor{' or None' if optional else ''}, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
+
+
+def dtype(name: str, value: Tensor, allowed: Iterable[torch.dtype]) -> None:
+    allowed = tuple(allowed)
+    if value.dtype not in allowed:
+        expected = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise TypeError(f"{name}: expected dtype {expected}, got {str(value.dtype).removeprefix('torch.')}")
+
+
+def shape(name: str, value: Tensor, expected: Sequence[int | str]) -> None:
+    """ValueError unless the shape fits; a letter stands for any size: `shape("x", x, ["T", 3])`."""
+    if value.dim() != len(expected) or any(
+        not isinstance(e, str) and s != e for s, e in zip(value.shape, expected, strict=True)
+    ):
+        want = ", ".join(str(e) for e in expected)
+        raise ValueError(f"{name}: expected shape [{want}], got {list(value.shape)}")
+
+
+def same_device(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
+    for name, value in others.items():
+        if value is not None and value.device != reference.device:
+            raise ValueError(f"{name}: expected device {reference.device} (that of {reference_name}), got {value.device}")
+
+
+def integer(name: str, value: Any, *, minimum: int | None = None, optional: bool = False) -> None:
+    """TypeError unless `value` is an int (bool is not; a symbolic int is), ValueError below `minimum`."""
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int{' or None' if optional else ''}, got {type(value).__name__}")
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{name}: expected at least {minimum}, got {value}")
+    if isinstance(value, int) and value > 2**63 - 1:
+        raise ValueError(f"{name}: expected at most 2^63 - 1, got {value}")
+
+
+def number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+
+
+def flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__} {value!r}")
+
+
+def option(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(repr(a) for a in allowed)}, got {value!r}")

@@ -1,0 +1,77 @@
+"""identity: copies a tensor. The living template of an op; `ops/README.md` walks through it.
+
+    out = x
+
+Shape letters: any shape.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeyard import _native
+from moeyard.ops import _check
+from moeyard.ops._register import register
+
+_SCHEMA = "identity(Tensor x) -> Tensor"
+
+
+def identity(x: Tensor) -> Tensor:
+    """A contiguous copy of `x`, made by a native kernel.
+
+    Args:
+        x: any shape, any dtype, on the CPU or a CUDA device.
+
+    Returns:
+        A new contiguous tensor equal to `x`.
+
+    Raises:
+        TypeError: `x` is no dense tensor.
+
+    Determinism: bit-identical on every device. Autocast: `x` keeps its dtype. Gradient: the incoming one, copied.
+    """
+    _check.tensor("x", x)
+    return _op(x)
+
+
+def identity_reference(x: Tensor) -> Tensor:
+    """The same in plain torch."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _cpu(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    _native.cpu.identity(x.data_ptr(), out.data_ptr(), x.numel() * x.element_size(), torch.get_num_threads())
+    return out
+
+
+def _cuda(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    _native.cuda().identity(x.data_ptr(), out.data_ptr(), x.numel() * x.element_size(), x.device.index, stream)
+    return out
+
+
+def _fake(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+class _Autograd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out: Tensor = _op.below(x)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        # The gradient is the op itself, so gradients of gradients work too.
+        out: Tensor = _op(grad)
+        return out
+
+
+_op = register(_SCHEMA, cpu=_cpu, cuda=_cuda, fake=_fake, autograd=_Autograd)
