@@ -1,0 +1,55 @@
+"""Expert usage: who got how many tokens, per layer and domain, and whether a layer has collapsed.
+
+Shape letters: T tokens, k experts per token, E experts, D domains.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def expert_usage(experts: Tensor, num_experts: int, domain: Tensor | None = None, num_domains: int = 1) -> Tensor:
+    """Counts the slots that each domain gave to each expert.
+
+    Args:
+        experts: [T,k] integer ids (`Gating.experts`), -1 = not routed.
+        num_experts: E.
+        domain: [T] integer domain of each token, None = all in domain 0.
+        num_domains: D.
+
+    Returns:
+        [D,E] int64; the sum over D is `Gating.counts`.
+    """
+    ids = experts.long()
+    if domain is not None:
+        ids = torch.where(ids >= 0, ids + num_experts * domain.long()[:, None], ids)
+    flat = ids.reshape(-1)
+    counts = torch.bincount(flat[flat >= 0], minlength=num_domains * num_experts)
+    return counts.reshape(num_domains, num_experts)
+
+
+def collapse_warnings(counts: Tensor, k: int, *, limit: float = 0.6) -> list[str]:
+    """Says which experts of one layer are dead or take too much.
+
+    An expert takes too much when more than `limit` of the tokens choose it. Where k of E is already close to that
+    (an even layer with k = 2 of 3 gives every expert 67 %), the limit is 1.2 times the even share.
+
+    Args:
+        counts: [E] slots per expert, over a span long enough to judge.
+        k: experts per token.
+        limit: share of tokens, 0 to 1.
+
+    Returns:
+        One line per finding, such as "expert 3 takes 71 % of the tokens"; empty when all is well.
+    """
+    num_experts, slots = counts.shape[0], int(counts.sum())
+    if slots == 0:
+        return []
+    limit = max(limit, 1.2 * k / num_experts)
+    shares = (counts.double() * k / slots).tolist()
+    found = [f"expert {e} takes {share:.0%} of the tokens" for e, share in enumerate(shares) if share > limit]
+    dead = [str(e) for e, share in enumerate(shares) if share == 0]
+    if dead:
+        found.append(f"expert{'s' if len(dead) > 1 else ''} {', '.join(dead)} got no token")
+    return found
