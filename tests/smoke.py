@@ -18,7 +18,9 @@ start = time.perf_counter()
 import moeyard  # noqa: E402
 
 print(f"moeyard {moeyard.__version__} from {Path(moeyard.__file__).parent}")
-print(f"import: torch {torch_seconds:.2f} s, moeyard {time.perf_counter() - start:.3f} s more; torch {torch.__version__}")
+print(
+    f"import: torch {torch_seconds:.2f} s, moeyard {time.perf_counter() - start:.3f} s more; torch {torch.__version__}"
+)
 
 
 def ops() -> None:

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-import moeyard
-
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "python" / "moeyard"
 

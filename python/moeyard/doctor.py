@@ -74,7 +74,9 @@ def _extras() -> Iterator[Finding]:
     try:
         required = importlib.metadata.requires("moeyard") or []
     except importlib.metadata.PackageNotFoundError:
-        yield Finding("extras", "unknown: moeyard runs from a source tree", "pip install . (or -e .) in the source tree")
+        yield Finding(
+            "extras", "unknown: moeyard runs from a source tree", "pip install . (or -e .) in the source tree"
+        )
         return
     wanted: dict[str, list[str]] = {}
     for line in required:

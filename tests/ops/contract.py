@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ class OpContract:
     #: gradients of gradients are right, too
     double_backward: bool = False
     #: comparison with the reference, per dtype: torch.testing's defaults where a dtype is missing
-    tolerance: dict[torch.dtype, tuple[float, float]] = {}
+    tolerance: ClassVar[dict[torch.dtype, tuple[float, float]]] = {}
 
     def inputs(self, dtype: torch.dtype, size: str = "small", seed: int = 0) -> Inputs:
         """Keyword arguments; size "small" (gradcheck), "large" (past the thread threshold)."""
@@ -235,7 +235,9 @@ class _Calls(Dataset):
     def __getitem__(self, seed: int) -> tuple[Tensor, ...]:
         # DataLoader sets one thread, and torch's own OpenMP would hang with more after a fork; ours must not.
         torch.get_num_threads = lambda: 2
-        return tuple(t.detach() for t in self.contract.run_with_gradients(self.contract.inputs(self.dtype, "large", seed)))
+        return tuple(
+            t.detach() for t in self.contract.run_with_gradients(self.contract.inputs(self.dtype, "large", seed))
+        )
 
 
 class record(TorchDispatchMode):
