@@ -146,6 +146,23 @@ class OpContract:
                 got = type(self)._with_function(compiled).run_with_gradients(inputs)
                 self.assert_close(got, eager, dtype)
 
+    def test_export(self) -> None:
+        """torch.export gives a program with the same results, tensors as inputs, options baked in."""
+        inputs = self.inputs(self.main_dtype())
+        names = [k for k, v in inputs.items() if isinstance(v, Tensor)]
+        options = {k: v for k, v in inputs.items() if k not in names}
+        module = _Module(lambda tensors: self.run({**options, **dict(zip(names, tensors, strict=True))}))
+        tensors = [inputs[n] for n in names]
+        program = torch.export.export(module, (tensors,), strict=False)
+        assert_equal(as_tuple(program.module()(tensors)), self.run(inputs))
+
+    def test_autocast(self) -> None:
+        """The policy of every op: dtypes are the caller's choice, autocast changes nothing."""
+        inputs = self.inputs(self.grad_dtype() if self.differentiable else self.main_dtype())
+        expected = self.run_with_gradients(inputs)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert_equal(self.run_with_gradients(inputs), expected)
+
     @classmethod
     def _with_function(cls, function: Callable[..., Any]) -> OpContract:
         return type(cls.__name__ + "Compiled", (cls,), {"function": staticmethod(function)})()
@@ -223,6 +240,15 @@ class OpContract:
 
         with pytest.raises(NotImplementedError, match="vmap"):
             torch.vmap(one)(*stacked)
+
+
+class _Module(torch.nn.Module):
+    def __init__(self, function: Callable[[list[Tensor]], tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        return self.function(tensors)
 
 
 class _Calls(Dataset):
