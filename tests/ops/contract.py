@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ class OpContract:
     #: gradients of gradients are right, too
     double_backward: bool = False
     #: comparison with the reference, per dtype: torch.testing's defaults where a dtype is missing
-    tolerance: dict[torch.dtype, tuple[float, float]] = {}
+    tolerance: ClassVar[dict[torch.dtype, tuple[float, float]]] = {}
 
     def inputs(self, dtype: torch.dtype, size: str = "small", seed: int = 0) -> Inputs:
         """Keyword arguments; size "small" (gradcheck), "large" (past the thread threshold)."""
@@ -146,6 +146,23 @@ class OpContract:
                 got = type(self)._with_function(compiled).run_with_gradients(inputs)
                 self.assert_close(got, eager, dtype)
 
+    def test_export(self) -> None:
+        """torch.export gives a program with the same results, tensors as inputs, options baked in."""
+        inputs = self.inputs(self.main_dtype())
+        names = [k for k, v in inputs.items() if isinstance(v, Tensor)]
+        options = {k: v for k, v in inputs.items() if k not in names}
+        module = _Module(lambda tensors: self.run({**options, **dict(zip(names, tensors, strict=True))}))
+        tensors = [inputs[n] for n in names]
+        program = torch.export.export(module, (tensors,), strict=False)
+        assert_equal(as_tuple(program.module()(tensors)), self.run(inputs))
+
+    def test_autocast(self) -> None:
+        """The policy of every op: dtypes are the caller's choice, autocast changes nothing."""
+        inputs = self.inputs(self.grad_dtype() if self.differentiable else self.main_dtype())
+        expected = self.run_with_gradients(inputs)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert_equal(self.run_with_gradients(inputs), expected)
+
     @classmethod
     def _with_function(cls, function: Callable[..., Any]) -> OpContract:
         return type(cls.__name__ + "Compiled", (cls,), {"function": staticmethod(function)})()
@@ -225,6 +242,15 @@ class OpContract:
             torch.vmap(one)(*stacked)
 
 
+class _Module(torch.nn.Module):
+    def __init__(self, function: Callable[[list[Tensor]], tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        return self.function(tensors)
+
+
 class _Calls(Dataset):
     def __init__(self, contract: OpContract, dtype: torch.dtype) -> None:
         self.contract, self.dtype = contract, dtype
@@ -235,7 +261,9 @@ class _Calls(Dataset):
     def __getitem__(self, seed: int) -> tuple[Tensor, ...]:
         # DataLoader sets one thread, and torch's own OpenMP would hang with more after a fork; ours must not.
         torch.get_num_threads = lambda: 2
-        return tuple(t.detach() for t in self.contract.run_with_gradients(self.contract.inputs(self.dtype, "large", seed)))
+        return tuple(
+            t.detach() for t in self.contract.run_with_gradients(self.contract.inputs(self.dtype, "large", seed))
+        )
 
 
 class record(TorchDispatchMode):
