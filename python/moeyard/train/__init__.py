@@ -1,1 +1,1 @@
-"""Training: what needs models and data together."""
+"""Training: what needs models and data together. Needs `pip install moeyard[train]`."""

@@ -1,0 +1,306 @@
+"""The demo: real structures in, a small MoE structure encoder trained, metrics and plots out.
+
+    structures -> atom-budget batches -> radius graphs -> MoE encoder -> runs/demo/
+
+`run_demo` does the work and returns a `DemoSummary`; printing is the command line's business.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import statistics
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import RichProgressBar, Timer
+from torch.utils.data import DataLoader
+
+import moeyard
+from moeyard.data.batching.dataset import StructureDataset
+from moeyard.data.batching.sampler import AtomBudgetBatchSampler
+from moeyard.data.structures.molecules import embedded_structures
+from moeyard.data.structures.readers import read_structures
+from moeyard.data.structures.table import StructureTable
+from moeyard.models import StructureEncoderConfig
+from moeyard.train import plots
+from moeyard.train.callbacks import CollapseAlarm, MetricsWriter, PlainProgress, StopOnInterrupt
+from moeyard.train.loading import RepeatedEpochs, ignore_interrupt
+from moeyard.train.pretraining import PretrainingConfig, StructurePretraining
+
+Progress = Callable[[int, int, str], None]
+
+
+class UsageError(ValueError):
+    """A mistake of the caller: a wrong path, a wrong number. The message is all that a user needs to see."""
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What `moeyard demo` can be told. Training ends after `steps` or `seconds`, whichever comes first."""
+
+    structures: Path | None = None
+    steps: int = 800
+    seconds: float = 70.0
+    max_atoms_per_batch: int = 2000
+    experts: int = 8
+    top_k: int = 2
+    seed: int = 0
+    out: Path = Path("runs/demo")
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "max_atoms_per_batch", "experts", "top_k"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(self, name)}")
+        if not self.seconds > 0:
+            raise UsageError(f"--seconds: expected a positive number, got {self.seconds:g}")
+        if self.top_k > self.experts:
+            raise UsageError(f"--top-k: expected at most --experts = {self.experts}, got {self.top_k}")
+        for name in ("workers", "seed"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"--{name}: expected at least 0, got {getattr(self, name)}")
+        if self.structures is not None and not self.structures.is_dir():
+            what = "is a file" if self.structures.exists() else "does not exist"
+            raise UsageError(f"--structures: expected a folder of structure files, but {self.structures} {what}")
+
+
+@dataclass(frozen=True)
+class DemoSummary:
+    """What a run did. Rates and fills are over all steps; first and last loss are means over a tenth of them each."""
+
+    steps: int
+    seconds: float
+    structures: int
+    atoms: int
+    domains: dict[str, int]
+    structures_per_second: float
+    atoms_per_second: float
+    batch_fill: float
+    median_step_seconds: float
+    first_loss: float
+    last_loss: float
+    expert_share: list[list[float]]  # [layer][expert] of the slots, last half of the run
+    warnings: list[str]
+    skipped: list[tuple[str, str]]
+    interrupted: bool
+    out: str
+    files: list[str] = field(default_factory=list)
+
+
+def run_demo(
+    options: DemoOptions,
+    *,
+    progress: Progress | None = None,
+    terminal: bool = False,
+    write: Callable[[str], None] = print,
+) -> DemoSummary:
+    """Trains on structures and leaves metrics, plots, configuration and summary in `options.out`.
+
+    Args:
+        options: see `DemoOptions`.
+        progress: told (done, total, what) while structures are read or embedded.
+        terminal: a live bar while training; otherwise plain lines.
+        write: takes those lines, and warnings.
+
+    Returns:
+        The summary. After Ctrl-C during training it covers what was done until then.
+
+    Raises:
+        UsageError: nothing to train on, or an output folder that cannot be written.
+
+    Determinism: the same options, seed and number of threads give the same losses; only the number of steps that fit
+    into `seconds` depends on the machine. The global random state is left alone.
+    """
+    _writable_folder(options.out)
+    table, skipped = load_structures(options, progress)
+    model = build_model(options, table)
+    write_config(options, model)
+    writer = MetricsWriter(options.out / "metrics.jsonl", max_atoms_per_batch=options.max_atoms_per_batch)
+    alarm = CollapseAlarm(options.top_k, warn=lambda line: write(f"warning: {line}"))
+    stop = StopOnInterrupt()
+    bar: Callback = _Bar() if terminal else PlainProgress(write)
+    started = time.perf_counter()
+    train(options, table, model, [writer, alarm, stop, bar])
+    seconds = time.perf_counter() - started
+    summary = summarize(options, table, writer.records, seconds, alarm.warnings, skipped, stop.interrupted)
+    draw(options.out, writer.records, table.domains)
+    (options.out / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+def load_structures(options: DemoOptions, progress: Progress | None) -> tuple[StructureTable, list[tuple[str, str]]]:
+    """The structures to train on, and what was left out with the reasons."""
+    if options.structures is None:
+        table, skipped = embedded_structures(progress=progress, seed=options.seed)
+    else:
+        table, skipped = read_structures(options.structures, progress=progress)
+    reasons = [(str(s.name), s.reason) for s in skipped]
+    if len(table) == 0:
+        first = f"; the first of {len(reasons)} skipped: {': '.join(reasons[0])}" if reasons else ""
+        raise UsageError(f"--structures: no readable PDB, mmCIF or SDF structure in {options.structures}{first}")
+    return table, reasons
+
+
+def build_model(options: DemoOptions, table: StructureTable) -> StructurePretraining:
+    encoder = StructureEncoderConfig(num_experts=options.experts, experts_per_token=options.top_k)
+    # Seeded without a trace: whoever calls the demo from a program keeps their own random state.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        return StructurePretraining(encoder, PretrainingConfig(seed=options.seed), num_domains=len(table.domains))
+
+
+def train(
+    options: DemoOptions, table: StructureTable, model: StructurePretraining, callbacks: Sequence[Callback]
+) -> None:
+    """Fits the model; on the CPU for now, since this release has no CUDA kernels."""
+    sampler = AtomBudgetBatchSampler(
+        table.sizes, options.max_atoms_per_batch, shuffle=True, seed=options.seed, oversize="own_batch"
+    )
+    loader = DataLoader(
+        StructureDataset(table),
+        batch_sampler=RepeatedEpochs(sampler, options.steps),
+        collate_fn=_as_is,
+        num_workers=options.workers,
+        worker_init_fn=ignore_interrupt,
+        generator=torch.Generator().manual_seed(options.seed),
+    )
+    with _quiet_lightning():
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_steps=options.steps,
+            max_epochs=1,
+            enable_progress_bar=any(isinstance(c, RichProgressBar) for c in callbacks),
+            gradient_clip_val=1.0,
+            callbacks=[*callbacks, Timer(timedelta(seconds=options.seconds), verbose=False)],
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+        trainer.fit(model, loader)
+
+
+class _Bar(RichProgressBar):
+    """Lightning's bar; the run is one pass, so it is not called an epoch."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "training"
+
+
+def _as_is(batch: Any) -> Any:
+    """The dataset already hands out collated batches."""
+    return batch
+
+
+class _quiet_lightning:
+    """Keeps Lightning's remarks on devices, workers and stop reasons out of the output; errors still come."""
+
+    _loggers = ("lightning.pytorch", "lightning.fabric")
+
+    def __enter__(self) -> None:
+        self._levels = [logging.getLogger(name).level for name in self._loggers]
+        for name in self._loggers:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        self._caught = warnings.catch_warnings()
+        self._caught.__enter__()
+        warnings.filterwarnings("ignore", module="lightning.*")
+
+    def __exit__(self, *error: object) -> None:
+        self._caught.__exit__(None, None, None)
+        for name, level in zip(self._loggers, self._levels, strict=True):
+            logging.getLogger(name).setLevel(level)
+
+
+def summarize(
+    options: DemoOptions,
+    table: StructureTable,
+    records: Sequence[dict[str, Any]],
+    seconds: float,
+    alarms: Sequence[str],
+    skipped: list[tuple[str, str]],
+    interrupted: bool,
+) -> DemoSummary:
+    """Boils the records down; all zeros when not one step was done."""
+    busy = sum(r["step_seconds"] + r["data_seconds"] for r in records) or 1.0
+    tenth = max(len(records) // 10, 1)
+    losses = [r["loss"] for r in records]
+    usage = np.sum([np.array(r["experts"]).sum(axis=1) for r in records[len(records) // 2 :]], axis=0)
+    names = Counter(table.domains[d] for d in table.domain.tolist())
+    return DemoSummary(
+        steps=len(records),
+        seconds=seconds,
+        structures=len(table),
+        atoms=int(table.ptr[-1]),
+        domains=dict(names),
+        structures_per_second=sum(r["structures"] for r in records) / busy,
+        atoms_per_second=sum(r["atoms"] for r in records) / busy,
+        batch_fill=_mean([r["batch_fill"] for r in records]),
+        median_step_seconds=statistics.median([r["step_seconds"] for r in records]) if records else 0.0,
+        first_loss=_mean(losses[:tenth]),
+        last_loss=_mean(losses[-tenth:]),
+        expert_share=(usage / np.maximum(usage.sum(axis=1, keepdims=True), 1)).tolist() if records else [],
+        warnings=list(alarms),
+        skipped=skipped,
+        interrupted=interrupted,
+        out=str(options.out),
+        files=["config.json", "metrics.jsonl", "summary.json", *(PLOTS if records else ())],
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+PLOTS = ("loss.png", "experts.png", "throughput.png")
+
+
+def draw(out: Path, records: Sequence[dict[str, Any]], domains: Sequence[str]) -> None:
+    """The three plots; those of an earlier run go when there is nothing to draw."""
+    if not records:
+        for name in PLOTS:
+            (out / name).unlink(missing_ok=True)
+        return
+    plots.plot_loss(records, out / "loss.png")
+    plots.plot_experts(records, out / "experts.png", domains)
+    plots.plot_throughput(records, out / "throughput.png")
+
+
+def write_config(options: DemoOptions, model: StructurePretraining) -> None:
+    """Everything that a run depends on, so that it can be repeated."""
+    config = {
+        "options": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()},
+        "encoder": asdict(model.encoder.config),
+        "pretraining": asdict(model.config),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "versions": {
+            "moeyard": moeyard.__version__,
+            "torch": torch.__version__,
+            "lightning": lightning.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        "threads": torch.get_num_threads(),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+    (options.out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _writable_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "metrics.jsonl").open("w").close()
+    except OSError as error:
+        raise UsageError(f"--out: cannot write into {out}: {error.strerror}") from None

@@ -1,0 +1,98 @@
+"""Plots of a run as PNG files, drawn from its metrics records without a display.
+
+Figures are made directly, not through pyplot: nothing global is touched and no window system is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+Records = Sequence[dict[str, Any]]
+
+
+def smoothed(values: NDArray[np.float64], span: int) -> NDArray[np.float64]:
+    """Centred running mean over `span` values; shorter at both ends, so that no value is invented."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    low, high = np.maximum(index - span // 2, 0), np.minimum(index + span // 2 + 1, len(values))
+    return (total[high] - total[low]) / (high - low)
+
+
+def _column(records: Records, name: str) -> NDArray[np.float64]:
+    return np.array([np.nan if r[name] is None else r[name] for r in records], dtype=np.float64)
+
+
+def _span(records: Records) -> int:
+    return max(len(records) // 20, 1)
+
+
+def plot_loss(records: Records, path: Path) -> None:
+    """Loss, noise and element loss over steps: raw in pale, smoothed in full colour."""
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    steps = _column(records, "step")
+    for name, label in (("loss", "total"), ("loss_noise", "coordinate noise"), ("loss_element", "masked elements")):
+        values = _column(records, name)
+        (line,) = axes.plot(steps, values, linewidth=0.6, alpha=0.3)
+        axes.plot(steps, smoothed(values, _span(records)), color=line.get_color(), linewidth=1.8, label=label)
+    axes.set(xlabel="step", ylabel="loss", title="Training loss", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
+
+
+def plot_experts(records: Records, path: Path, domains: Sequence[str]) -> None:
+    """Share of the slots per layer and expert, over the last half of the run: all domains, then each that occurs."""
+    usage = np.sum([np.array(r["experts"]) for r in records[len(records) // 2 :]], axis=0)
+    panels = [("all", usage.sum(axis=1))]
+    if len(domains) > 1:
+        panels += [(name, usage[:, d]) for d, name in enumerate(domains) if usage[:, d].any()]
+    layers, experts = panels[0][1].shape
+    width = min(max(0.45 * experts, 2.6), 8.0) * len(panels) + 1.2
+    figure = Figure(figsize=(width, 0.6 * layers + 1.6), dpi=120, layout="constrained")
+    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    shares = [counts / np.maximum(counts.sum(axis=1, keepdims=True), 1) for _, counts in panels]
+    top = max(float(s.max()) for s in shares)
+    for axes, (title, _), share in zip(row, panels, shares, strict=True):
+        image = axes.imshow(share, vmin=0.0, vmax=top, cmap="viridis", aspect="auto")
+        axes.set(xlabel="expert", title=title, xticks=range(experts), yticks=range(layers))
+        # Numbers in the cells for as long as they can be read.
+        if experts <= 16:
+            for layer in range(layers):
+                for expert in range(experts):
+                    value = share[layer, expert]
+                    colour = "black" if value > 0.6 * top else "white"
+                    axes.text(expert, layer, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=7)
+    row[0].set_ylabel("layer")
+    figure.colorbar(image, ax=row, label="share of tokens' slots")
+    figure.suptitle("Expert usage, % of slots (last half of the run)")
+    figure.savefig(path)
+
+
+def plot_throughput(records: Records, path: Path) -> None:
+    """Atoms and structures per second, batch fill and step time over steps."""
+    figure = Figure(figsize=(8, 6.5), dpi=120, layout="constrained")
+    panels = figure.subplots(3, 1, sharex=True)
+    steps, span = _column(records, "step"), _span(records)
+    atoms, structures = panels[0], panels[0].twinx()
+    atoms.plot(steps, smoothed(_column(records, "atoms_per_second"), span), color="C0")
+    atoms.set_ylabel("atoms/s", color="C0")
+    structures.plot(steps, smoothed(_column(records, "structures_per_second"), span), color="C1")
+    structures.set_ylabel("structures/s", color="C1")
+    atoms.set(ylim=(0, None), title="Throughput and batch fill")
+    structures.set_ylim(0, None)
+    panels[1].plot(steps, 100 * _column(records, "batch_fill"), color="C2", linewidth=1.0)
+    panels[1].set(ylabel="batch fill, %", ylim=(0, 105))
+    panels[2].plot(steps, 1e3 * _column(records, "step_seconds"), color="C3", linewidth=1.0, label="step")
+    panels[2].plot(steps, 1e3 * _column(records, "data_seconds"), color="C4", linewidth=1.0, label="waiting for data")
+    panels[2].set(xlabel="step", ylabel="ms", ylim=(0, None))
+    panels[2].legend()
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    figure.savefig(path)

@@ -1,0 +1,146 @@
+"""Self-supervised pretraining of the structure encoder: remove the noise, name the hidden elements.
+
+    x~ = x + sigma eps        loss = w_n mean |eps^ - eps|^2 / 3 + w_e CE(masked elements) + balance and z losses
+
+The noise and the masks of step s come from a generator seeded by (seed, s) alone: the same on every device, for any
+number of workers, and after a resume. Source: Zaidi et al. 2022 (arXiv:2206.00133), Hu et al. 2020 (arXiv:1905.12265).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from moeyard.data.batching.collate import StructureBatch
+from moeyard.models import StructureEncoder, StructureEncoderConfig, StructureEncoding
+from moeyard.models.structure_encoder import MASK_ELEMENT
+from moeyard.nn import expert_usage, router_z_loss, switch_load_balancing
+
+
+@dataclass(frozen=True)
+class PretrainingConfig:
+    """What is learned and how fast. `noise_std` in Å; the weights multiply the parts of the loss."""
+
+    noise_std: float = 0.15
+    mask_fraction: float = 0.15
+    noise_weight: float = 1.0
+    element_weight: float = 1.0
+    balance_weight: float = 0.01
+    z_weight: float = 0.001
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.01
+    warmup_steps: int = 30
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.noise_std > 0:
+            raise ValueError(f"noise_std: expected a positive length in Å, got {self.noise_std}")
+        if not 0 <= self.mask_fraction <= 1:
+            raise ValueError(f"mask_fraction: expected 0 to 1, got {self.mask_fraction}")
+
+
+class Corruption(NamedTuple):
+    """A batch made hard: what the model sees, and what it is asked for."""
+
+    positions: Tensor  # [n,3] noised
+    elements: Tensor  # [n], 0 where masked
+    noise: Tensor  # [n,3] standard normal
+    masked: Tensor  # [n] bool
+
+
+def corrupt(
+    positions: Tensor, elements: Tensor, *, noise_std: float, mask_fraction: float, generator: torch.Generator
+) -> Corruption:
+    """Adds Gaussian noise to every position and hides a share of the elements.
+
+    Args:
+        positions: [n,3] float, Å. elements: [n] integer.
+        noise_std: standard deviation per coordinate, Å.
+        mask_fraction: chance of each atom to be hidden.
+        generator: a CPU generator; draws happen there in float32, so that every device gets the same.
+    """
+    noise = torch.randn(positions.shape, generator=generator).to(positions)
+    masked = (torch.rand(elements.shape, generator=generator) < mask_fraction).to(elements.device)
+    return Corruption(positions + noise_std * noise, elements.masked_fill(masked, MASK_ELEMENT), noise, masked)
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The generator of one step. torch keeps 32 bits of a CPU seed, so both numbers must be mixed into those."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**32)
+
+
+class StructurePretraining(LightningModule):
+    """Trains a `StructureEncoder` on `StructureBatch`es.
+
+    Args:
+        encoder: the encoder's sizes.
+        config: losses and optimizer.
+        num_domains: D, for the usage counts per domain.
+
+    `training_step` returns, beside the loss, `metrics` (scalars), `usage` [L,D,E] and `edges`, for the callbacks.
+    """
+
+    def __init__(self, encoder: StructureEncoderConfig, config: PretrainingConfig, *, num_domains: int = 1) -> None:
+        super().__init__()
+        self.config, self.num_domains = config, num_domains
+        self.encoder = StructureEncoder(encoder)
+
+    def training_step(self, batch: StructureBatch, batch_idx: int) -> dict[str, Any]:
+        corruption = corrupt(
+            batch.positions,
+            batch.elements,
+            noise_std=self.config.noise_std,
+            mask_fraction=self.config.mask_fraction,
+            generator=step_generator(self.config.seed, self.global_step),
+        )
+        encoding = self.encoder(corruption.positions, corruption.elements, batch.ptr, batch.domain)
+        metrics = self.losses(encoding, corruption, batch.elements)
+        self.log("loss", metrics["loss"].detach(), prog_bar=True, batch_size=len(batch.index))
+        return {
+            "loss": metrics["loss"],
+            "metrics": {name: value.detach() for name, value in metrics.items()},
+            "usage": self.usage(encoding, batch.domain[batch.batch]),
+            "edges": encoding.num_edges,
+        }
+
+    def losses(self, encoding: StructureEncoding, corruption: Corruption, elements: Tensor) -> dict[str, Tensor]:
+        """The parts of the loss and their weighted sum, as scalars."""
+        config, masked = self.config, corruption.masked
+        # Predicting zero gives a noise loss of 1, whatever noise_std is. No atoms or masks give 0, not NaN.
+        noise = (encoding.noise - corruption.noise).square().sum() / max(corruption.noise.numel(), 1)
+        hidden = encoding.element_logits[masked]
+        target = elements[masked]
+        count = max(len(target), 1)
+        element = nn.functional.cross_entropy(hidden, target, reduction="sum") / count
+        balance = torch.stack([switch_load_balancing(g) for g in encoding.gatings]).mean()
+        z = torch.stack([router_z_loss(g) for g in encoding.gatings]).mean()
+        weighted = config.noise_weight * noise + config.element_weight * element
+        return {
+            "loss": weighted + config.balance_weight * balance + config.z_weight * z,
+            "loss_noise": noise,
+            "loss_element": element,
+            "loss_balance": balance,
+            "loss_z": z,
+            "element_accuracy": (hidden.argmax(1) == target).sum() / count,
+        }
+
+    def usage(self, encoding: StructureEncoding, domain: Tensor) -> Tensor:
+        """[L,D,E] int64: slots that each layer's experts got from each domain."""
+        experts = self.encoder.config.num_experts
+        return torch.stack([expert_usage(g.experts, experts, domain, self.num_domains) for g in encoding.gatings])
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        # Weight decay for matrices only: pulling norms, biases and embeddings to zero buys nothing.
+        decayed: list[nn.Parameter] = []
+        kept: list[nn.Parameter] = []
+        for name, parameter in self.named_parameters():
+            (kept if parameter.dim() < 2 or "embedding" in name else decayed).append(parameter)
+        groups = [{"params": decayed, "weight_decay": self.config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate)
+        warmup = max(self.config.warmup_steps, 1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
