@@ -41,8 +41,8 @@ def plot_loss(records: Records, path: Path) -> None:
         values = _column(records, name)
         (line,) = axes.plot(steps, values, linewidth=0.6, alpha=0.3)
         axes.plot(steps, smoothed(values, _span(records)), color=line.get_color(), linewidth=1.8, label=label)
-    axes.set(xlabel="step", ylabel="loss", title="Training loss", ylim=(0, None))
-    axes.grid(alpha=0.3)
+    axes.set(xlabel="step", ylabel="loss", title="Training loss", yscale="log")
+    axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(path)
 

@@ -90,16 +90,21 @@ class StructurePretraining(LightningModule):
         self.encoder = StructureEncoder(encoder)
 
     def training_step(self, batch: StructureBatch, batch_idx: int) -> dict[str, Any]:
+        outputs = self.outputs(batch, self.global_step)
+        self.log("loss", outputs["loss"].detach(), prog_bar=True, batch_size=len(batch.index))
+        return outputs
+
+    def outputs(self, batch: StructureBatch, step: int) -> dict[str, Any]:
+        """Corrupts, encodes and scores a batch as step `step` of the run does."""
         corruption = corrupt(
             batch.positions,
             batch.elements,
             noise_std=self.config.noise_std,
             mask_fraction=self.config.mask_fraction,
-            generator=step_generator(self.config.seed, self.global_step),
+            generator=step_generator(self.config.seed, step),
         )
         encoding = self.encoder(corruption.positions, corruption.elements, batch.ptr, batch.domain)
         metrics = self.losses(encoding, corruption, batch.elements)
-        self.log("loss", metrics["loss"].detach(), prog_bar=True, batch_size=len(batch.index))
         return {
             "loss": metrics["loss"],
             "metrics": {name: value.detach() for name, value in metrics.items()},

@@ -1,0 +1,154 @@
+"""The demo on a tiny generated table: falling loss, same seed same losses, files, plots, Ctrl-C, user's mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+pytest.importorskip("lightning", reason="needs moeyard[train]")
+pytest.importorskip("matplotlib", reason="needs moeyard[train]")
+
+from moeyard.train import demo
+from moeyard.train.callbacks import read_metrics
+from moeyard.train.demo import DemoOptions, DemoSummary, UsageError, run_demo
+from moeyard.train.plots import smoothed
+from train.tiny import tiny_table
+
+
+class Left(NamedTuple):
+    name: str
+    reason: str
+
+
+@pytest.fixture(autouse=True)
+def _tiny_structures(monkeypatch: pytest.MonkeyPatch) -> None:
+    def structures(progress: object = None, seed: int = 0) -> object:
+        return tiny_table(), [Left("odd molecule", "could not be embedded")]
+
+    monkeypatch.setattr(demo, "embedded_structures", structures)
+
+
+def run(out: Path, **changes: object) -> tuple[DemoSummary, list[str]]:
+    lines: list[str] = []
+    options = {"steps": 20, "max_atoms_per_batch": 100, "experts": 4, "out": out, **changes}
+    return run_demo(DemoOptions(**options), write=lines.append), lines
+
+
+def losses(out: Path) -> list[float]:
+    return [r["loss"] for r in read_metrics(out / "metrics.jsonl")]
+
+
+def test_twenty_steps(tmp_path: Path) -> None:
+    state = torch.random.get_rng_state()
+    summary, lines = run(tmp_path)
+    assert torch.equal(torch.random.get_rng_state(), state), "the global random state was touched"
+    assert summary.steps == 20
+    assert summary.last_loss < 0.8 * summary.first_loss
+    assert summary.structures == 60
+    assert summary.domains == {"small": 40, "ring": 20}
+    assert 0.5 < summary.batch_fill <= 1.0
+    assert summary.skipped == [("odd molecule", "could not be embedded")]
+    assert not summary.interrupted
+    for shares in summary.expert_share:
+        assert sum(shares) == pytest.approx(1.0)
+    assert any(line.startswith("step 20/20") for line in lines)
+
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in records] == list(range(1, 21))
+    for r in records:
+        assert r["atoms"] <= 100
+        assert sum(map(sum, r["experts"][0])) == 2 * r["atoms"]
+    for name in ("loss.png", "experts.png", "throughput.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / name).stat().st_size > 10_000
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["options"]["seed"] == 0
+    assert config["versions"]["torch"] == torch.__version__
+    saved = json.loads((tmp_path / "summary.json").read_text())
+    assert saved["last_loss"] == summary.last_loss
+    assert sorted(saved["files"]) == sorted(p.name for p in tmp_path.iterdir())
+
+
+def test_same_seed_same_losses(tmp_path: Path) -> None:
+    first, again, other = (tmp_path / name for name in ("first", "again", "other"))
+    run(first, steps=8, seed=5)
+    torch.rand(3)
+    run(again, steps=8, seed=5, workers=1)
+    run(other, steps=8, seed=6)
+    assert losses(first) == losses(again)
+    assert losses(first) != losses(other)
+
+
+def test_time_limit(tmp_path: Path) -> None:
+    summary, _ = run(tmp_path, steps=100_000, seconds=1.0)
+    assert 1 <= summary.steps < 100_000
+    assert summary.seconds < 10
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_interrupt_keeps_what_was_done(tmp_path: Path, workers: int) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+
+    def interrupt_after_some_steps() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    sender = threading.Thread(target=interrupt_after_some_steps)
+    sender.start()
+    try:
+        summary, _ = run(tmp_path, steps=100_000, workers=workers)
+    finally:
+        sender.join()
+    assert summary.interrupted
+    assert 3 <= summary.steps == len(losses(tmp_path))
+    assert (tmp_path / "loss.png").exists()
+    assert json.loads((tmp_path / "summary.json").read_text())["interrupted"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_structure_beyond_the_budget_is_a_batch_of_its_own(tmp_path: Path) -> None:
+    summary, _ = run(tmp_path, steps=4, max_atoms_per_batch=8)
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert summary.batch_fill <= 1.0
+    assert all(r["atoms"] <= 8 or r["structures"] == 1 for r in records)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "--steps: expected at least 1, got 0"),
+        ({"seconds": 0}, "--seconds: expected a positive number, got 0"),
+        ({"seconds": float("nan")}, "--seconds"),
+        ({"experts": 2, "top_k": 3}, "--top-k: expected at most --experts = 2, got 3"),
+        ({"max_atoms_per_batch": -5}, "--max-atoms-per-batch: expected at least 1, got -5"),
+        ({"workers": -1}, "--workers: expected at least 0, got -1"),
+        ({"structures": Path("no/such/folder")}, "--structures: .*does not exist"),
+        ({"structures": Path(__file__)}, "--structures: .*is a file"),
+    ],
+)
+def test_bad_options(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        run(tmp_path, **changes)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="--out: cannot write into"):
+        run(tmp_path / "file" / "run")
+
+
+def test_smoothing_by_hand() -> None:
+    import numpy as np
+
+    got = smoothed(np.array([1.0, 2.0, 6.0, 3.0]), 3)
+    assert got.tolist() == [1.5, 3.0, 11 / 3, 4.5]
