@@ -24,7 +24,7 @@ from train.tiny import tiny_table
 
 
 class Left(NamedTuple):
-    name: str
+    path: str
     reason: str
 
 
@@ -133,7 +133,6 @@ def test_a_structure_beyond_the_budget_is_a_batch_of_its_own(tmp_path: Path) -> 
         ({"max_atoms_per_batch": -5}, "--max-atoms-per-batch: expected at least 1, got -5"),
         ({"workers": -1}, "--workers: expected at least 0, got -1"),
         ({"structures": Path("no/such/folder")}, "--structures: .*does not exist"),
-        ({"structures": Path(__file__)}, "--structures: .*is a file"),
     ],
 )
 def test_bad_options(tmp_path: Path, changes: dict[str, object], message: str) -> None:

@@ -147,6 +147,11 @@ def _clear_errors(command: str) -> Iterator[None]:
         if module not in EXTRA_OF:
             raise
         _fail(f"{command} needs {module}: pip install moeyard[{EXTRA_OF[module]}]", 2)
+    except ImportError as error:
+        # The data room says itself what is missing, what for, and how to get it.
+        if "pip install" not in str(error):
+            raise
+        _fail(str(error), 2)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except ValueError as error:

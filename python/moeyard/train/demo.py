@@ -11,6 +11,7 @@ import json
 import logging
 import platform
 import statistics
+import tempfile
 import time
 import warnings
 from collections import Counter
@@ -71,9 +72,10 @@ class DemoOptions:
         for name in ("workers", "seed"):
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name}: expected at least 0, got {getattr(self, name)}")
-        if self.structures is not None and not self.structures.is_dir():
-            what = "is a file" if self.structures.exists() else "does not exist"
-            raise UsageError(f"--structures: expected a folder of structure files, but {self.structures} {what}")
+        if self.structures is not None and not self.structures.exists():
+            raise UsageError(
+                f"--structures: expected a folder of structure files, but {self.structures} does not exist"
+            )
 
 
 @dataclass(frozen=True)
@@ -142,14 +144,20 @@ def run_demo(
 
 def load_structures(options: DemoOptions, progress: Progress | None) -> tuple[StructureTable, list[tuple[str, str]]]:
     """The structures to train on, and what was left out with the reasons."""
+
+    def told(what: str) -> Progress:
+        # One stage with one name; the data room tells the file's.
+        return lambda done, total, name: progress(done, total, what) if progress is not None else None
+
     if options.structures is None:
-        table, skipped = embedded_structures(progress=progress, seed=options.seed)
+        table, skipped = embedded_structures(progress=told("structures embedded"), seed=options.seed)
     else:
-        table, skipped = read_structures(options.structures, progress=progress)
-    reasons = [(str(s.name), s.reason) for s in skipped]
+        table, skipped = read_structures(options.structures, progress=told("files read"))
+    reasons = [(s.path, s.reason) for s in skipped]
     if len(table) == 0:
+        where = "the embedded list" if options.structures is None else str(options.structures)
         first = f"; the first of {len(reasons)} skipped: {': '.join(reasons[0])}" if reasons else ""
-        raise UsageError(f"--structures: no readable PDB, mmCIF or SDF structure in {options.structures}{first}")
+        raise UsageError(f"--structures: no readable PDB, mmCIF or SDF structure in {where}{first}")
     return table, reasons
 
 
@@ -301,6 +309,8 @@ def write_config(options: DemoOptions, model: StructurePretraining) -> None:
 def _writable_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "metrics.jsonl").open("w").close()
+        # An earlier run stays until there is something to put in its place.
+        with tempfile.TemporaryFile(dir=out):
+            pass
     except OSError as error:
         raise UsageError(f"--out: cannot write into {out}: {error.strerror}") from None
