@@ -138,6 +138,12 @@ def test_accumulates_in_float32_and_in_slot_order() -> None:
     assert moeyard.unpermute_tokens(big, plan).tolist() == [[1.0]]
 
 
+def test_lazy_conjugates_and_negatives() -> None:
+    x = torch.randn(3, 2, dtype=torch.complex64)
+    for lazy in (x.conj(), x.conj().imag):
+        assert torch.equal(moeyard.permute_tokens(lazy, HAND)[0], lazy[0])
+
+
 def test_weight_gradient_has_the_weights_dtype() -> None:
     for dtype in FLOATS:
         weights = torch.ones(3, 2, dtype=dtype, requires_grad=True)
