@@ -101,6 +101,16 @@ class OpContract:
         if self.double_backward:
             assert torch.autograd.gradgradcheck(function, leaves)
 
+    def test_second_derivative(self) -> None:
+        """Either right (gradgradcheck, above) or refused; never silently wrong or silently zero."""
+        if not self.differentiable or self.double_backward:
+            return
+        inputs, leaves = self.with_grad(self.inputs(self.grad_dtype()))
+        first = torch.autograd.grad(weighted_sum(self.run(inputs)), leaves, create_graph=True)
+        assert all(g.requires_grad for g in first)
+        with pytest.raises((NotImplementedError, RuntimeError), match=r"second derivative|differentiate twice"):
+            torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
     def of_leaves(self, inputs: Inputs) -> Callable[..., tuple[Tensor, ...]]:
         def function(*leaves: Tensor) -> tuple[Tensor, ...]:
             out = self.run({**inputs, **dict(zip(self.differentiable, leaves, strict=True))})
