@@ -30,10 +30,12 @@ class Left(NamedTuple):
 
 @pytest.fixture(autouse=True)
 def _tiny_structures(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)  # these batches are too small to share
+
     def structures(progress: object = None, seed: int = 0) -> object:
         return tiny_table(), [Left("odd molecule", "could not be embedded")]
 
-    monkeypatch.setattr(demo, "embedded_structures", structures)
+    monkeypatch.setattr(demo, "embed_molecules", structures)
 
 
 def run(out: Path, **changes: object) -> tuple[DemoSummary, list[str]]:

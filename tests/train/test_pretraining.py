@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("lightning", reason="needs moeyard[train]")
 
-from moeyard.data.batching.collate import collate
+from moeyard.data.batching import collate
 
 from moeyard.models import StructureEncoderConfig
 from moeyard.train.callbacks import CollapseAlarm, MetricsWriter, PlainProgress, StopOnInterrupt, read_metrics

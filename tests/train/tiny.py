@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from moeyard.data.structures.table import StructureTable
+from moeyard.data.structures import StructureTable
 from torch import Tensor
 
 WATER = ([8, 1, 1], [[0.0, 0.0, 0.0], [0.96, 0.0, 0.0], [-0.24, 0.93, 0.0]])

@@ -26,14 +26,10 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, Timer
-from torch.utils.data import DataLoader
 
 import moeyard
-from moeyard.data.batching.dataset import StructureDataset
-from moeyard.data.batching.sampler import AtomBudgetBatchSampler
-from moeyard.data.structures.molecules import embedded_structures
-from moeyard.data.structures.readers import read_structures
-from moeyard.data.structures.table import StructureTable
+from moeyard.data.batching import AtomBudgetBatchSampler, structure_loader
+from moeyard.data.structures import StructureTable, embed_molecules, read_structures
 from moeyard.models import StructureEncoderConfig
 from moeyard.train import plots
 from moeyard.train.callbacks import CollapseAlarm, MetricsWriter, PlainProgress, StopOnInterrupt
@@ -73,9 +69,7 @@ class DemoOptions:
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name}: expected at least 0, got {getattr(self, name)}")
         if self.structures is not None and not self.structures.exists():
-            raise UsageError(
-                f"--structures: expected a folder of structure files, but {self.structures} does not exist"
-            )
+            raise UsageError(f"--structures: expected a folder of structure files; {self.structures} does not exist")
 
 
 @dataclass(frozen=True)
@@ -150,7 +144,7 @@ def load_structures(options: DemoOptions, progress: Progress | None) -> tuple[St
         return lambda done, total, name: progress(done, total, what) if progress is not None else None
 
     if options.structures is None:
-        table, skipped = embedded_structures(progress=told("structures embedded"), seed=options.seed)
+        table, skipped = embed_molecules(progress=told("structures embedded"), seed=options.seed)
     else:
         table, skipped = read_structures(options.structures, progress=told("files read"))
     reasons = [(s.path, s.reason) for s in skipped]
@@ -176,10 +170,9 @@ def train(
     sampler = AtomBudgetBatchSampler(
         table.sizes, options.max_atoms_per_batch, shuffle=True, seed=options.seed, oversize="own_batch"
     )
-    loader = DataLoader(
-        StructureDataset(table),
-        batch_sampler=RepeatedEpochs(sampler, options.steps),
-        collate_fn=_as_is,
+    loader = structure_loader(
+        table,
+        RepeatedEpochs(sampler, options.steps),
         num_workers=options.workers,
         worker_init_fn=ignore_interrupt,
         generator=torch.Generator().manual_seed(options.seed),
@@ -206,11 +199,6 @@ class _Bar(RichProgressBar):
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "training"
-
-
-def _as_is(batch: Any) -> Any:
-    """The dataset already hands out collated batches."""
-    return batch
 
 
 class _quiet_lightning:

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from moeyard.data.batching.collate import StructureBatch
+from moeyard.data.batching import StructureBatch
 from moeyard.models import StructureEncoder, StructureEncoderConfig, StructureEncoding
 from moeyard.models.structure_encoder import MASK_ELEMENT
 from moeyard.nn import expert_usage, router_z_loss, switch_load_balancing
