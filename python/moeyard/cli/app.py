@@ -79,7 +79,7 @@ def demo(
         typer.Option(help="Folder of PDB, mmCIF and SDF files; without it, embedded molecules and peptides."),
     ] = None,
     steps: Annotated[int, typer.Option(help="Most training steps.")] = 800,
-    seconds: Annotated[float, typer.Option(help="Most seconds of training.")] = 70.0,
+    seconds: Annotated[float, typer.Option(help="Most seconds of training.")] = 60.0,
     max_atoms_per_batch: Annotated[int, typer.Option(help="Atom budget of a batch.")] = 2000,
     experts: Annotated[int, typer.Option(help="Experts per layer.")] = 8,
     top_k: Annotated[int, typer.Option(help="Experts per atom.")] = 2,

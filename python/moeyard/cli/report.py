@@ -36,7 +36,7 @@ def _figures(summary: DemoSummary) -> Table:
         ("structures", f"{summary.structures:,} ({domains})"),
         ("atoms", f"{summary.atoms:,}"),
         ("steps", f"{summary.steps:,} in {summary.seconds:.1f} s"),
-        ("structures/s", f"{summary.structures_per_second:,.0f}"),
+        ("structures/s", f"{summary.structures_per_second:,.{0 if summary.structures_per_second >= 10 else 2}f}"),
         ("atoms/s", f"{summary.atoms_per_second:,.0f}"),
         ("batch fill", f"{summary.batch_fill:.1%}"),
         ("median step", f"{1e3 * summary.median_step_seconds:,.1f} ms"),

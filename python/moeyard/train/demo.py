@@ -49,7 +49,7 @@ class DemoOptions:
 
     structures: Path | None = None
     steps: int = 800
-    seconds: float = 70.0
+    seconds: float = 60.0
     max_atoms_per_batch: int = 2000
     experts: int = 8
     top_k: int = 2

@@ -25,11 +25,11 @@ from moeyard.nn import expert_usage, router_z_loss, switch_load_balancing
 class PretrainingConfig:
     """What is learned and how fast. `noise_std` in Å; the weights multiply the parts of the loss."""
 
-    noise_std: float = 0.15
+    noise_std: float = 0.1
     mask_fraction: float = 0.15
     noise_weight: float = 1.0
     element_weight: float = 1.0
-    balance_weight: float = 0.01
+    balance_weight: float = 0.03
     z_weight: float = 0.001
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
