@@ -153,3 +153,5 @@ def test_smoothing_by_hand() -> None:
 
     got = smoothed(np.array([1.0, 2.0, 6.0, 3.0]), 3)
     assert got.tolist() == [1.5, 3.0, 11 / 3, 4.5]
+    gap = smoothed(np.array([1.0, np.nan, np.nan, np.nan, 3.0]), 3)
+    np.testing.assert_equal(gap, [1.0, 1.0, np.nan, 3.0, 3.0])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -17,11 +18,14 @@ Records = Sequence[dict[str, Any]]
 
 
 def smoothed(values: NDArray[np.float64], span: int) -> NDArray[np.float64]:
-    """Centred running mean over `span` values; shorter at both ends, so that no value is invented."""
-    total = np.concatenate([[0.0], np.cumsum(values)])
+    """Centred running mean over `span` values, of those that are finite; over fewer at both ends."""
+    finite = np.isfinite(values)
+    total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    count = np.concatenate([[0], np.cumsum(finite)])
     index = np.arange(len(values))
     low, high = np.maximum(index - span // 2, 0), np.minimum(index + span // 2 + 1, len(values))
-    return (total[high] - total[low]) / (high - low)
+    number = count[high] - count[low]
+    return np.where(number > 0, (total[high] - total[low]) / np.maximum(number, 1), np.nan)
 
 
 def _column(records: Records, name: str) -> NDArray[np.float64]:
@@ -42,6 +46,9 @@ def plot_loss(records: Records, path: Path) -> None:
         (line,) = axes.plot(steps, values, linewidth=0.6, alpha=0.3)
         axes.plot(steps, smoothed(values, _span(records)), color=line.get_color(), linewidth=1.8, label=label)
     axes.set(xlabel="step", ylabel="loss", title="Training loss", yscale="log")
+    # 0.5 and 2, not powers of ten.
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(path)
@@ -54,25 +61,31 @@ def plot_experts(records: Records, path: Path, domains: Sequence[str]) -> None:
     if len(domains) > 1:
         panels += [(name, usage[:, d]) for d, name in enumerate(domains) if usage[:, d].any()]
     layers, experts = panels[0][1].shape
-    width = min(max(0.45 * experts, 2.6), 8.0) * len(panels) + 1.2
-    figure = Figure(figsize=(width, 0.6 * layers + 1.6), dpi=120, layout="constrained")
-    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    width = min(max(0.4 * experts, 2.6), 8.0) * columns + 1.2
+    figure = Figure(figsize=(width, (0.45 * layers + 0.9) * rows + 0.5), dpi=120, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
     shares = [counts / np.maximum(counts.sum(axis=1, keepdims=True), 1) for _, counts in panels]
-    top = max(float(s.max()) for s in shares)
-    for axes, (title, _), share in zip(row, panels, shares, strict=True):
+    top = max(float(share.max()) for share in shares)
+    for axes, (title, _), share in zip(grid.flat, panels, shares, strict=False):
         image = axes.imshow(share, vmin=0.0, vmax=top, cmap="viridis", aspect="auto")
-        axes.set(xlabel="expert", title=title, xticks=range(experts), yticks=range(layers))
+        axes.set(xlabel="expert", ylabel="layer", title=title, xticks=range(experts), yticks=range(layers))
         # Numbers in the cells for as long as they can be read.
         if experts <= 16:
-            for layer in range(layers):
-                for expert in range(experts):
-                    value = share[layer, expert]
-                    colour = "black" if value > 0.6 * top else "white"
-                    axes.text(expert, layer, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=7)
-    row[0].set_ylabel("layer")
-    figure.colorbar(image, ax=row, label="share of tokens' slots")
+            _write_percents(axes, share, top)
+        axes.label_outer()
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    figure.colorbar(image, ax=grid, label="share of slots")
     figure.suptitle("Expert usage, % of slots (last half of the run)")
     figure.savefig(path)
+
+
+def _write_percents(axes: Axes, share: NDArray[np.float64], top: float) -> None:
+    for (layer, expert), value in np.ndenumerate(share):
+        colour = "black" if value > 0.6 * top else "white"
+        axes.text(expert, layer, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=7)
 
 
 def plot_throughput(records: Records, path: Path) -> None:
@@ -83,7 +96,7 @@ def plot_throughput(records: Records, path: Path) -> None:
     atoms, structures = panels[0], panels[0].twinx()
     atoms.plot(steps, smoothed(_column(records, "atoms_per_second"), span), color="C0")
     atoms.set_ylabel("atoms/s", color="C0")
-    structures.plot(steps, smoothed(_column(records, "structures_per_second"), span), color="C1")
+    structures.plot(steps, smoothed(_column(records, "structures_per_second"), span), "--", color="C1")
     structures.set_ylabel("structures/s", color="C1")
     atoms.set(ylim=(0, None), title="Throughput and batch fill")
     structures.set_ylim(0, None)
@@ -91,7 +104,7 @@ def plot_throughput(records: Records, path: Path) -> None:
     panels[1].set(ylabel="batch fill, %", ylim=(0, 105))
     panels[2].plot(steps, 1e3 * _column(records, "step_seconds"), color="C3", linewidth=1.0, label="step")
     panels[2].plot(steps, 1e3 * _column(records, "data_seconds"), color="C4", linewidth=1.0, label="waiting for data")
-    panels[2].set(xlabel="step", ylabel="ms", ylim=(0, None))
+    panels[2].set(xlabel="step", ylabel="ms", yscale="log")
     panels[2].legend()
     for axes in panels:
         axes.grid(alpha=0.3)
