@@ -11,7 +11,6 @@ Shape letters: T tokens, E experts, k experts per token.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -26,11 +25,10 @@ FORCED_WEIGHTS = ("score", "one")
 MAX_EXPERTS = 8192
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-_OUTPUTS = "(Tensor weights, Tensor experts, Tensor counts, Tensor score_sum, Tensor weight_sum, Tensor logsumexp_sq, Tensor entropy_sum)"
 _SCHEMA = (
     "topk_gating(Tensor logits, int k, str score, bool renormalize, Tensor? selection_bias, int? num_groups, "
     "int? topk_groups, int group_score_experts, float scale, Tensor? mask, Tensor? forced_experts, "
-    f"str forced_weights) -> {_OUTPUTS}"
+    "str forced_weights) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _BACKWARD_SCHEMA = (
     "topk_gating_backward(Tensor logits, Tensor experts, str score, bool renormalize, float scale, Tensor? mask, "
@@ -150,9 +148,7 @@ def _check_scale(scale: float, compute: torch.dtype) -> None:
 def _check_groups(E: int, k: int, num_groups: int | None, topk_groups: int | None, group_score_experts: int) -> None:
     if num_groups is None or topk_groups is None:
         if num_groups is not topk_groups:
-            raise ValueError(
-                f"num_groups, topk_groups: expected both or neither, got num_groups={num_groups}, topk_groups={topk_groups}"
-            )
+            raise ValueError(f"num_groups, topk_groups: expected both or neither, got {num_groups} and {topk_groups}")
         if group_score_experts < 1:
             raise ValueError(f"group_score_experts: expected at least 1, got {group_score_experts}")
         return
@@ -212,7 +208,7 @@ def _validate_backward(
     _check.shape("experts", experts, [logits.shape[0], "k"])
     _validate(logits, experts.shape[1], score, None, (None, None, 1), scale, mask, None, "score")
     E = logits.shape[1]
-    shapes = (list(experts.shape), [E], [E], [], [])
+    shapes: tuple[list[int], ...] = (list(experts.shape), [E], [E], [], [])
     names = ("grad_weights", "grad_score_sum", "grad_weight_sum", "grad_logsumexp_sq", "grad_entropy_sum")
     _check.same_device("logits", logits, experts=experts, **dict(zip(names, grads, strict=True)))
     for name, grad, shape in zip(names, grads, shapes, strict=True):
@@ -226,15 +222,15 @@ def _validate_backward(
 
 def _outputs(logits: Tensor, k: int) -> tuple[Tensor, ...]:
     T, E = logits.shape
-    floats, ints = {"dtype": _compute_dtype(logits)}, {"dtype": torch.int32}
+    float_, int_ = _compute_dtype(logits), torch.int32
     return (
-        logits.new_empty((T, k), **floats),
-        logits.new_empty((T, k), **ints),
-        logits.new_empty((E,), **ints),
-        logits.new_empty((E,), **floats),
-        logits.new_empty((E,), **floats),
-        logits.new_empty((), **floats),
-        logits.new_empty((), **floats),
+        logits.new_empty((T, k), dtype=float_),
+        logits.new_empty((T, k), dtype=int_),
+        logits.new_empty((E,), dtype=int_),
+        logits.new_empty((E,), dtype=float_),
+        logits.new_empty((E,), dtype=float_),
+        logits.new_empty((), dtype=float_),
+        logits.new_empty((), dtype=float_),
     )
 
 
@@ -280,7 +276,7 @@ def _cpu(
     out = _outputs(logits, k)
     workspace = logits.new_empty((_native.cpu.topk_gating_workspace(problem),), dtype=torch.uint8)
     addresses = [_address(x) for x in (logits, bias, mask, forced, *out, workspace)]
-    _native.cpu.topk_gating(problem, *addresses, torch.get_num_threads())
+    _native.cpu.topk_gating(problem, *[*addresses, torch.get_num_threads()])
     return out
 
 
@@ -312,7 +308,7 @@ def _cpu_backward(
     grad_logits = torch.empty_like(logits)
     workspace = logits.new_empty((_native.cpu.topk_gating_workspace(problem),), dtype=torch.uint8)
     addresses = [_address(x) for x in (logits, experts, mask, *grads, grad_logits, workspace)]
-    _native.cpu.topk_gating_backward(problem, *addresses, torch.get_num_threads())
+    _native.cpu.topk_gating_backward(problem, *[*addresses, torch.get_num_threads()])
     return grad_logits
 
 
