@@ -25,11 +25,11 @@ A row_sum(int64_t n, Term&& term) {
   return lane[0];
 }
 
-/// The softmax of a row over its logits above -inf; NaN logits are left out (and reported), +inf is capped.
+/// The softmax of a row over its logits above -inf; NaN logits are left out (and reported), +inf is capped. A row with
+/// no logit above -inf has the initial values: every probability, the log-sum-exp and the entropy are 0.
 template <class A>
 struct RowSoftmax {
   A max = 0, sum = 1, log_sum = 0, entropy = 0;
-  bool any = false;  ///< false: no logit above -inf, every probability is 0
   bool has_nan = false;
 
   A log_sum_exp() const { return max + log_sum; }
@@ -46,8 +46,7 @@ RowSoftmax<A> row_softmax(int64_t n, At&& at, A* p) {
     row.has_nan |= v != v;
     max = v > max ? v : max;
   }
-  row.any = max > -std::numeric_limits<A>::infinity();
-  if (!row.any) {
+  if (!(max > -std::numeric_limits<A>::infinity())) {
     std::fill(p, p + n, A(0));
     return row;
   }

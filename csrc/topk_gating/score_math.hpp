@@ -1,6 +1,7 @@
 // The score functions of topk_gating, for float and double, the same source on CPU and CUDA. They use nothing but
 // + - * / sqrt and integer operations, each correctly rounded by IEEE 754, so without contraction (-ffp-contract=off,
-// --fmad=false) both devices and every SIMD level get the same bits: choices made on scores agree everywhere. Errors stay below 2.6 ulp (slopes: 4), as tests/ops measure.
+// --fmad=false) both devices and every SIMD level get the same bits: choices made on scores agree everywhere. Errors
+// stay below 2.6 ulp (slopes: 4), as tests/ops measure.
 #pragma once
 #include <cstdint>
 

@@ -65,7 +65,8 @@ void topk_gating(const GatingProblem& problem, const GatingInputs& in, const Gat
                  int threads);
 
 /// grad_logits [T,E] of dtype, from the logits and mask of the forward call and the experts that it returned. Options
-/// that only concern the choice (groups, forced ids) are not looked at. Throws for an id outside [0, E) in a live row.
+/// that only concern the choice (groups, forced ids) and unit_weights are not looked at: where weights are constants,
+/// their gradient and that of weight_sum are null. Throws for an id outside [0, E) in a live row.
 void topk_gating_backward(const GatingProblem& problem, const void* logits, const int32_t* experts, const uint8_t* mask,
                           const GatingGradients& grads, void* grad_logits, void* workspace, int threads);
 }  // namespace cpu

@@ -64,7 +64,7 @@ void weights_backward(const GatingProblem& g, const int32_t* experts, const A* g
 template <class A, class At>
 void chosen_backward(const GatingProblem& g, At&& at, const int32_t* experts, const A* grad_weights,
                      const A* grad_weight_sum, Row<A>& row) {
-  if (g.unit_weights || (!grad_weights && !grad_weight_sum)) return;
+  if (!grad_weights && !grad_weight_sum) return;
   if (g.score == Score::softmax_topk) {
     row_softmax<A>(g.k, [&](int64_t s) { return at(experts[s]); }, row.c);
   } else {

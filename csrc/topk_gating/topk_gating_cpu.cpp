@@ -114,10 +114,7 @@ void gate_row(const GatingProblem& g, const T* logits, const A* bias, const int6
   for (int64_t i = 0; i < g.experts; ++i) c.score_block[i] += c.score[i];
   for (int64_t s = 0; s < g.k; ++s) c.weight_block[experts[s]] += weights[s], ++c.counts[experts[s]];
   const A lse = row.log_sum_exp();
-  if (row.has_nan)
-    c.scalar_block[0] += std::numeric_limits<A>::quiet_NaN();
-  else if (row.any)
-    c.scalar_block[0] += lse * lse;
+  c.scalar_block[0] += row.has_nan ? std::numeric_limits<A>::quiet_NaN() : lse * lse;
   c.scalar_block[1] += row.entropy;
 }
 

@@ -63,6 +63,13 @@ class TestTopkGatingForced(TestTopkGating):
         return [{"logits": torch.empty(0, 3), "k": 2, "forced_experts": torch.empty(0, dtype=torch.int64)}]
 
 
+class TestTopkGatingHardRouted(TestTopkGatingForced):
+    """Weights that are constants: only score_sum and the row statistics carry a gradient."""
+
+    def inputs(self, dtype: torch.dtype, size: str = "small", seed: int = 0) -> Inputs:
+        return {**super().inputs(dtype, size, seed), "forced_weights": "one", "score": "sigmoid"}
+
+
 # ---- by hand ---------------------------------------------------------------------------------------------------------
 
 LN = math.log

@@ -145,7 +145,7 @@ def backward(logits: Tensor = X, experts: Any = None, grads: dict[int, Tensor] |
     experts = torch.tensor([[0, 1]] * 3, dtype=torch.int32) if experts is None else experts
     given = [(grads or {}).get(i) for i in range(5)]
     score, scale, mask = options.get("score", "softmax"), options.get("scale", 1.0), options.get("mask")
-    return BACKWARD(logits, experts, score, False, scale, mask, False, *given)
+    return BACKWARD(logits, experts, score, False, scale, mask, *given)
 
 
 def test_the_backward_op_checks_too() -> None:

@@ -32,7 +32,7 @@ _SCHEMA = (
 )
 _BACKWARD_SCHEMA = (
     "topk_gating_backward(Tensor logits, Tensor experts, str score, bool renormalize, float scale, Tensor? mask, "
-    "bool unit_weights, Tensor? grad_weights, Tensor? grad_score_sum, Tensor? grad_weight_sum, "
+    "Tensor? grad_weights, Tensor? grad_score_sum, Tensor? grad_weight_sum, "
     "Tensor? grad_logsumexp_sq, Tensor? grad_entropy_sum) -> Tensor"
 )
 
@@ -287,7 +287,6 @@ def _cpu_backward(
     renormalize: bool,
     scale: float,
     mask: Tensor | None,
-    unit_weights: bool,
     *grads: Tensor | None,
 ) -> Tensor:
     _validate_backward(logits, experts, score, scale, mask, grads)
@@ -303,7 +302,6 @@ def _cpu_backward(
         SCORES.index(score),
         renormalize,
         scale,
-        unit_weights=unit_weights,
     )
     grad_logits = torch.empty_like(logits)
     workspace = logits.new_empty((_native.cpu.topk_gating_workspace(problem),), dtype=torch.uint8)
@@ -338,7 +336,6 @@ def _fake_backward(
     renormalize: bool,
     scale: float,
     mask: Tensor | None,
-    unit_weights: bool,
     *grads: Tensor | None,
 ) -> Tensor:
     _validate_backward(logits, experts, score, scale, mask, grads)
@@ -354,18 +351,17 @@ class _Autograd(torch.autograd.Function):
         out = _op.below(*args)
         logits, _, score, renormalize, _, _, _, _, scale, mask, _, forced_weights = args
         weights, experts, counts, _, weight_sum, _, _ = out
-        unit_weights = forced_weights == "one"
         ctx.save_for_backward(logits, experts, mask)
-        ctx.options = (score, renormalize, scale, unit_weights)
+        ctx.options = (score, renormalize, scale)
         ctx.set_materialize_grads(False)
-        constant = (weights, weight_sum) if unit_weights else ()
+        constant = (weights, weight_sum) if forced_weights == "one" else ()
         ctx.mark_non_differentiable(experts, counts, *constant)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         logits, experts, mask = ctx.saved_tensors
-        score, renormalize, scale, unit_weights = ctx.options
+        score, renormalize, scale = ctx.options
         weights, _, _, score_sum, weight_sum, logsumexp_sq, entropy_sum = grads
         grad_logits = _backward_op(
             logits,
@@ -374,7 +370,6 @@ class _Autograd(torch.autograd.Function):
             renormalize,
             scale,
             mask,
-            unit_weights,
             weights,
             score_sum,
             weight_sum,
