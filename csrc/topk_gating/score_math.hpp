@@ -3,17 +3,14 @@
 // --fmad=false) both devices and every SIMD level get the same bits: choices made on scores agree everywhere. Errors
 // stay below 2.6 ulp (slopes: 4), as tests/ops measure.
 #pragma once
+#include <bit>
+#include <cmath>
 #include <cstdint>
 
 #ifdef __CUDACC__
 #define MOEYARD_HD __host__ __device__
 #else
 #define MOEYARD_HD
-#endif
-
-#ifndef __CUDA_ARCH__
-#include <bit>
-#include <cmath>
 #endif
 
 namespace moeyard::score_math {
@@ -44,21 +41,19 @@ struct Format<double> {
   static constexpr int exp_terms = 13, atanh_terms = 17;
 };
 
+// One declaration for host and device, as nvcc wants it; only the bodies differ.
 #ifdef __CUDA_ARCH__
-__device__ inline int32_t to_bits(float v) { return __float_as_int(v); }
-__device__ inline int64_t to_bits(double v) { return __double_as_longlong(v); }
-__device__ inline float from_bits(int32_t v) { return __int_as_float(v); }
-__device__ inline double from_bits(int64_t v) { return __longlong_as_double(v); }
-__device__ inline float square_root(float v) { return __fsqrt_rn(v); }
-__device__ inline double square_root(double v) { return __dsqrt_rn(v); }
+#define MOEYARD_ON(device, host) device
 #else
-inline int32_t to_bits(float v) { return std::bit_cast<int32_t>(v); }
-inline int64_t to_bits(double v) { return std::bit_cast<int64_t>(v); }
-inline float from_bits(int32_t v) { return std::bit_cast<float>(v); }
-inline double from_bits(int64_t v) { return std::bit_cast<double>(v); }
-inline float square_root(float v) { return std::sqrt(v); }
-inline double square_root(double v) { return std::sqrt(v); }
+#define MOEYARD_ON(device, host) host
 #endif
+MOEYARD_HD inline int32_t to_bits(float v) { return MOEYARD_ON(__float_as_int(v), std::bit_cast<int32_t>(v)); }
+MOEYARD_HD inline int64_t to_bits(double v) { return MOEYARD_ON(__double_as_longlong(v), std::bit_cast<int64_t>(v)); }
+MOEYARD_HD inline float from_bits(int32_t v) { return MOEYARD_ON(__int_as_float(v), std::bit_cast<float>(v)); }
+MOEYARD_HD inline double from_bits(int64_t v) { return MOEYARD_ON(__longlong_as_double(v), std::bit_cast<double>(v)); }
+MOEYARD_HD inline float square_root(float v) { return MOEYARD_ON(__fsqrt_rn(v), std::sqrt(v)); }
+MOEYARD_HD inline double square_root(double v) { return MOEYARD_ON(__dsqrt_rn(v), std::sqrt(v)); }
+#undef MOEYARD_ON
 
 // ---- series, by Horner's rule -----------------------------------------------------------------------------------
 
