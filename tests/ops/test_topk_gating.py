@@ -357,3 +357,34 @@ def test_simd_levels_give_the_same_bytes() -> None:
     levels = ["baseline", "avx2", "avx512"]
     for level in levels[: levels.index(best)]:
         assert run(level)[1] == digest
+
+
+# ---- export, sizes known only at run time ----------------------------------------------------------------------------
+
+
+def test_export_with_a_dynamic_number_of_rows() -> None:
+    class Router(torch.nn.Module):
+        def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+            return moeyard.topk_gating(x, 2, mask=mask, score="sigmoid", num_groups=2, topk_groups=1)
+
+    rows = torch.export.Dim("T")
+    example = (torch.randn(5, 8), torch.ones(5, dtype=torch.bool))
+    exported = torch.export.export(Router(), example, dynamic_shapes=({0: rows}, {0: rows}))
+    x, mask = torch.randn(9, 8), torch.arange(9) % 2 == 0
+    for a, b in zip(exported.module()(x, mask), Router()(x, mask), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_compile_with_data_dependent_rows() -> None:
+    def function(x: Tensor) -> Tensor:
+        rows = x[x[:, 0] > 0]
+        forced = torch.zeros(rows.shape[0], dtype=torch.int32)
+        return moeyard.topk_gating(rows, 2, forced_experts=forced).weights[:, 1].sum()
+
+    x = torch.randn(9, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    no_caches = torch.compiler.config.patch(force_disable_caches=True)
+    with no_caches, torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), function(x))
+        got, want = (torch.autograd.grad(f(x), x)[0] for f in (compiled, function))
+    torch.testing.assert_close(got, want)
