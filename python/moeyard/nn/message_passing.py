@@ -98,7 +98,8 @@ class RadialInteraction(nn.Module):
         """[N,H] features -> [N,H] update."""
         # index_select, not h[source]: its backward is one ordered index_add, about half the time on the CPU.
         messages = self.source(h).index_select(0, edges.source) * self.filter(edges.basis)
-        return self.out(sum_to_target(messages, edges.target, h.shape[0]))
+        out: Tensor = self.out(sum_to_target(messages, edges.target, h.shape[0]))
+        return out
 
 
 class VectorReadout(nn.Module):

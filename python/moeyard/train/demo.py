@@ -36,7 +36,7 @@ from moeyard.train.callbacks import CollapseAlarm, MetricsWriter, PlainProgress,
 from moeyard.train.loading import RepeatedEpochs, ignore_interrupt
 from moeyard.train.pretraining import PretrainingConfig, StructurePretraining
 
-Progress = Callable[[int, int, str], None]
+Progress = Callable[[int, int, str], object]
 
 
 class UsageError(ValueError):
@@ -139,14 +139,17 @@ def run_demo(
 def load_structures(options: DemoOptions, progress: Progress | None) -> tuple[StructureTable, list[tuple[str, str]]]:
     """The structures to train on, and what was left out with the reasons."""
 
-    def told(what: str) -> Progress:
-        # One stage with one name; the data room tells the file's.
-        return lambda done, total, name: progress(done, total, what) if progress is not None else None
+    stage = "structures embedded" if options.structures is None else "files read"
+
+    def tell(done: int, total: int, what: str) -> None:
+        # The name of the stage, not of each molecule or file.
+        if progress is not None:
+            progress(done, total, stage)
 
     if options.structures is None:
-        table, skipped = embed_molecules(progress=told("structures embedded"), seed=options.seed)
+        table, skipped = embed_molecules(progress=tell, seed=options.seed)
     else:
-        table, skipped = read_structures(options.structures, progress=told("files read"))
+        table, skipped = read_structures(options.structures, progress=tell)
     reasons = [(s.path, s.reason) for s in skipped]
     if len(table) == 0:
         where = "the embedded list" if options.structures is None else str(options.structures)
