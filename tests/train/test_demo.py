@@ -16,9 +16,11 @@ import torch
 pytest.importorskip("lightning", reason="needs moeyard[train]")
 pytest.importorskip("matplotlib", reason="needs moeyard[train]")
 
+from moeyard.data.structures import embed_molecules, molecule_list, peptide_list
+
 from moeyard.train import demo
 from moeyard.train.callbacks import read_metrics
-from moeyard.train.demo import DemoOptions, DemoSummary, UsageError, run_demo
+from moeyard.train.demo import DemoOptions, DemoSummary, Progress, UsageError, run_demo
 from moeyard.train.plots import smoothed
 from train.tiny import tiny_table
 
@@ -155,3 +157,30 @@ def test_smoothing_by_hand() -> None:
     assert got.tolist() == [1.5, 3.0, 11 / 3, 4.5]
     gap = smoothed(np.array([1.0, np.nan, np.nan, np.nan, 3.0]), 3)
     np.testing.assert_equal(gap, [1.0, 1.0, np.nan, 3.0, 3.0])
+
+
+class TestRealStructures:
+    @pytest.fixture(autouse=True)
+    def _needs_the_readers(self) -> None:
+        for package in ("rdkit", "gemmi"):
+            pytest.importorskip(package, reason="needs moeyard[structures]")
+
+    def test_embedded_molecules(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def some(progress: Progress, seed: int) -> object:
+            # A tenth of the list: the data room's tests embed all of it.
+            return embed_molecules(molecule_list()[::10], peptide_list()[:3], seed=seed, progress=progress)
+
+        monkeypatch.setattr(demo, "embed_molecules", some)
+        seen: list[tuple[int, int, str]] = []
+        options = DemoOptions(steps=20, max_atoms_per_batch=500, out=tmp_path)
+        summary = run_demo(options, progress=lambda *report: seen.append(report), write=lambda line: None)
+        assert summary.domains["peptide"] == 3
+        assert summary.last_loss < 0.8 * summary.first_loss
+        assert seen[-1] == (len(seen), len(seen), "structures embedded")
+
+    @pytest.mark.slow
+    def test_alphafold_models(self, tmp_path: Path, data_dir: Path) -> None:
+        options = DemoOptions(structures=data_dir / "structures" / "alphafold", steps=20, seconds=90, out=tmp_path)
+        summary = run_demo(options, write=lambda line: None)
+        assert summary.domains["protein"] >= 20
+        assert summary.last_loss < 0.8 * summary.first_loss
