@@ -93,8 +93,8 @@ class TestWithTyper:
         ("arguments", "line"),
         [
             (["--structures", "no/such/folder"], "no/such/folder does not exist"),
-            (["--steps", "0"], "--steps: expected at least 1, got 0"),
-            (["--top-k", "9"], "--top-k: expected at most --experts = 8, got 9"),
+            (["--steps", "0"], "--steps: expected 1 to 2147483647, got 0"),
+            (["--top-k", "9"], "--top-k: expected 1 to 8, got 9"),
             (["--out", os.devnull + "/run"], "--out: cannot write into"),
         ],
     )

@@ -130,12 +130,15 @@ def test_a_structure_beyond_the_budget_is_a_batch_of_its_own(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, "--steps: expected at least 1, got 0"),
-        ({"seconds": 0}, "--seconds: expected a positive number, got 0"),
+        ({"steps": 0}, "--steps: expected 1 to 2147483647, got 0"),
+        ({"seconds": 0}, "--seconds: expected a positive number up to 1e9, got 0"),
         ({"seconds": float("nan")}, "--seconds"),
-        ({"experts": 2, "top_k": 3}, "--top-k: expected at most --experts = 2, got 3"),
-        ({"max_atoms_per_batch": -5}, "--max-atoms-per-batch: expected at least 1, got -5"),
-        ({"workers": -1}, "--workers: expected at least 0, got -1"),
+        ({"seconds": float("inf")}, "--seconds"),
+        ({"experts": 8193}, "--experts: expected 1 to 8192, got 8193"),
+        ({"experts": 2, "top_k": 3}, "--top-k: expected 1 to 2, got 3"),
+        ({"max_atoms_per_batch": -5}, "--max-atoms-per-batch: expected 1 to 2147483647, got -5"),
+        ({"workers": -1}, "--workers: expected 0 to 256, got -1"),
+        ({"seed": 2**40}, "--seed: expected 0 to 2147483647, got 1099511627776"),
         ({"structures": Path("no/such/folder")}, "--structures: .*does not exist"),
     ],
 )

@@ -41,7 +41,7 @@ def collapse_warnings(counts: Tensor, k: int, *, limit: float = 0.6) -> list[str
         limit: share of tokens, 0 to 1.
 
     Returns:
-        One line per finding, such as "expert 3 takes 71 % of the tokens"; empty when all is well.
+        One line per finding, such as "expert 3 takes 71% of the tokens"; empty when all is well.
     """
     num_experts, slots = counts.shape[0], int(counts.sum())
     if slots == 0:

@@ -98,7 +98,7 @@ class CollapseAlarm(Callback):
     Args:
         k: experts per token.
         span: steps that are judged together; nothing is said before they are full.
-        warn: takes each line, such as "layer 2, step 100: expert 3 takes 71 % of the tokens".
+        warn: takes each line, such as "layer 2, step 100: expert 3 takes 71% of the tokens".
     """
 
     def __init__(self, k: int, *, span: int = 50, warn: Callable[[str], None] | None = None) -> None:

@@ -58,16 +58,20 @@ class DemoOptions:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "max_atoms_per_batch", "experts", "top_k"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(self, name)}")
-        if not self.seconds > 0:
-            raise UsageError(f"--seconds: expected a positive number, got {self.seconds:g}")
-        if self.top_k > self.experts:
-            raise UsageError(f"--top-k: expected at most --experts = {self.experts}, got {self.top_k}")
-        for name in ("workers", "seed"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"--{name}: expected at least 0, got {getattr(self, name)}")
+        # The upper ends are those of the ops (experts), of int32, and of good sense (workers).
+        for name, low, high in (
+            ("steps", 1, 2**31 - 1),
+            ("max_atoms_per_batch", 1, 2**31 - 1),
+            ("experts", 1, 8192),
+            ("top_k", 1, self.experts),
+            ("seed", 0, 2**31 - 1),
+            ("workers", 0, 256),
+        ):
+            if not low <= getattr(self, name) <= high:
+                option = name.replace("_", "-")
+                raise UsageError(f"--{option}: expected {low} to {high}, got {getattr(self, name)}")
+        if not 0 < self.seconds <= 1e9:
+            raise UsageError(f"--seconds: expected a positive number up to 1e9, got {self.seconds:g}")
         if self.structures is not None and not self.structures.exists():
             raise UsageError(f"--structures: expected a folder of structure files; {self.structures} does not exist")
 
