@@ -18,9 +18,9 @@ from moeyard.data.structures.table import StructureTable, structure_ids
 class StructureBatch(NamedTuple):
     """G structures with n atoms in all.
 
-    positions [n, 3] float32, angstrom; elements [n] int64, atomic numbers; ptr [G + 1] int64, structure g owns the atoms
-    ptr[g] to ptr[g + 1]; batch [n] int64, the structure of each atom; domain [G] int64; index [G] int64, the ids of the
-    structures in their table.
+    positions [n, 3] float32, angstrom; elements [n] int64, atomic numbers; ptr [G + 1] int64, structure g owns the
+    atoms ptr[g] to ptr[g + 1]; batch [n] int64, the structure of each atom; domain [G] int64; index [G] int64, the ids
+    of the structures in their table.
     """
 
     positions: Tensor
@@ -28,7 +28,7 @@ class StructureBatch(NamedTuple):
     ptr: Tensor
     batch: Tensor
     domain: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # a tuple has a method of that name
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> StructureBatch:
         """The same batch on another device."""

@@ -33,7 +33,7 @@ class StructureDataset(Dataset[StructureBatch]):
         return collate(self.table, indices)
 
     @staticmethod
-    def keep(batch: StructureBatch) -> StructureBatch:
+    def keep(batch: Any) -> Any:
         """The collate_fn: the batch is complete as it is."""
         return batch
 

@@ -5,6 +5,7 @@ An epoch is planned from the sizes alone, by `pack_batches`: bounded best fit ov
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -32,8 +33,8 @@ class AtomBudgetBatchSampler(Sampler[list[int]]):
     Raises:
         TypeError, ValueError: bad arguments, or, with oversize="error", a structure above the budget; at construction.
 
-    Determinism: equal arguments and epoch give equal batches, whatever the machine, the number of DataLoader workers and
-    of threads; the global random generators are neither read nor changed.
+    Determinism: equal arguments and epoch give equal batches, whatever the machine, the number of DataLoader workers
+    and of threads; the global random generators are neither read nor changed.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class AtomBudgetBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         plan = self.plan()
         index, ptr = plan.index.tolist(), plan.ptr.tolist()
-        for begin, end in zip(ptr[:-1], ptr[1:], strict=True):
+        for begin, end in itertools.pairwise(ptr):
             yield index[begin:end]
 
     @property

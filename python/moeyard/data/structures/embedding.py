@@ -59,9 +59,8 @@ def embed(mol: Any, *, seed: int, random_start: bool = False) -> tuple[NDArray[n
         parameters.useRandomCoords = start
         if geometry.EmbedMolecule(full, parameters) == 0:
             return heavy_atoms(full)
-    raise EmbeddingError(
-        f"ETKDGv3 found no coordinates in {MAX_ATTEMPTS} attempts ({_obstacles(geometry, parameters)})"
-    )
+    causes = _obstacles(geometry, parameters)
+    raise EmbeddingError(f"ETKDGv3 found no coordinates in {MAX_ATTEMPTS} attempts ({causes})")
 
 
 def heavy_atoms(mol: Any) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:

@@ -16,7 +16,7 @@ from moeyard.data.structures.table import Skipped, Structure
 BLANK = "\0"
 
 
-#: Chain, subchain (mmCIF), segment (PDB), number with insertion code: a residue's place, whichever residue stands there.
+#: Chain, subchain (mmCIF), segment (PDB), number with insertion code: a residue's place, whoever stands there.
 _Site = tuple[str, str, str, str]
 
 

@@ -34,18 +34,18 @@ def read_structures(
 
     - Only the first model of an NMR ensemble is read.
     - Hydrogens, deuterium and waters are left out; ligands, ions and modified residues stay.
-    - Alternate locations: exactly one per atom, the one with the highest occupancy (the first letter among equals). Where
-      a position holds two different residues, the one with the highest mean occupancy.
-    - Elements missing in a PDB file are inferred by gemmi from the atom names. A file with an element that stays unknown
-      is skipped with a reason that names the atom.
+    - Alternate locations: exactly one per atom, the one with the highest occupancy (the first letter among equals).
+      Where a position holds two different residues, the one with the highest mean occupancy.
+    - Elements missing in a PDB file are inferred by gemmi from the atom names. A file with an element that stays
+      unknown is skipped with a reason that names the atom.
     - The domain is "protein" or "nucleic acid" where at least two residues make a polymer (the more frequent kind
       counts), else "molecule".
     - SDF records whose z coordinates are all 0 are drawings. They get 3-D coordinates by ETKDGv3, or are skipped.
 
     Args:
         directory: a folder, or a single file.
-        progress: called as `progress(done, total, path)` after each file, and with the files done so far after each record
-            of an SDF file, which may have to be embedded.
+        progress: called as `progress(done, total, path)` after each file, and with the files done so far after each
+            record of an SDF file, which may have to be embedded.
         max_atoms: structures with more heavy atoms than this are skipped, with that reason.
         embed_2d: embed 2-D SDF records in 3-D; False skips them.
         seed: of that embedding.

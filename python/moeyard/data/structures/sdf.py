@@ -111,4 +111,16 @@ def _complaint(record: str) -> str:
         return "it has no line M  END"
     if end - 4 < atoms + bonds:
         return f"the counts line promises {atoms} atoms and {bonds} bonds, {end - 4} lines follow"
-    return "an atom, bond or property line is malformed"
+    wrong = next((i for i in range(4, 4 + atoms) if not _is_atom_line(lines[i])), None)
+    if wrong is not None:
+        return f"its line {wrong + 1} is no atom line: {lines[wrong][:40]!r}"
+    return "a bond or property line is malformed, or an element is unknown"
+
+
+def _is_atom_line(line: str) -> bool:
+    """x, y, z in ten columns each, a blank, then the symbol in three."""
+    try:
+        float(line[0:10]), float(line[10:20]), float(line[20:30])
+    except ValueError:
+        return False
+    return line[30:31] == " " and line[31:32].isalpha()

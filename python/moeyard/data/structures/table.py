@@ -181,7 +181,7 @@ def structure_ids(index: Tensor | Sequence[int], n_structures: int) -> Tensor:
         raise TypeError(f"index: expected int64 or int32 ids, got {str(ids.dtype).removeprefix('torch.')}")
     if ids.dim() != 1:
         raise ValueError(f"index: expected shape [M], got {list(ids.shape)}")
-    if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < n_structures):
+    if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < n_structures):
         wrong = ids[(ids < 0) | (ids >= n_structures)][0]
         raise ValueError(f"index: expected ids from 0 to {n_structures - 1}, got {int(wrong)}")
     return ids.to(torch.int64)
@@ -218,14 +218,11 @@ def _check_sizes(table: StructureTable) -> None:
     if table.elements.shape[0] != n:
         raise ValueError(f"elements: expected shape [{n}] (that of positions), got {list(table.elements.shape)}")
     if ptr.numel() < 1 or int(ptr[0]) != 0 or int(ptr[-1]) != n or bool((ptr.diff() < 0).any()):
-        raise ValueError(
-            f"ptr: expected ascending offsets from 0 to {n}, got {ptr[:4].tolist()} ... {ptr[-2:].tolist()}"
-        )
+        ends = f"{ptr[:4].tolist()} ... {ptr[-2:].tolist()}"
+        raise ValueError(f"ptr: expected ascending offsets from 0 to {n}, got {ends}")
     n_structures = ptr.numel() - 1
     if len(table.names) != n_structures:
-        raise ValueError(
-            f"names: expected {n_structures} names (ptr has {ptr.numel()} entries), got {len(table.names)}"
-        )
+        raise ValueError(f"names: expected {n_structures} (ptr has {ptr.numel()} entries), got {len(table.names)}")
     if table.domain.numel() != n_structures:
         raise ValueError(f"domain: expected shape [{n_structures}], got {list(table.domain.shape)}")
 
@@ -239,10 +236,10 @@ def _check_values(table: StructureTable) -> None:
     if bool(wrong.any()):
         atom = int(wrong.nonzero()[0])
         raise ValueError(
-            f"elements: expected atomic numbers 1 to {MAX_ATOMIC_NUMBER}, got {int(table.elements[atom])} at atom {atom}"
+            f"elements: expected 1 to {MAX_ATOMIC_NUMBER}, got atomic number {int(table.elements[atom])} at atom {atom}"
         )
     if len(set(table.domains)) != len(table.domains):
         raise ValueError(f"domains: expected different names, got {table.domains}")
-    if len(table) and not (0 <= int(table.domain.min()) and int(table.domain.max()) < len(table.domains)):
+    if len(table) and not (int(table.domain.min()) >= 0 and int(table.domain.max()) < len(table.domains)):
         low, high = int(table.domain.min()), int(table.domain.max())
         raise ValueError(f"domain: expected ids from 0 to {len(table.domains) - 1}, got values from {low} to {high}")
