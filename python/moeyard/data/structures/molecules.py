@@ -61,8 +61,8 @@ def embed_molecules(
         progress: called as `progress(done, total, name)` after each structure, in order.
 
     Returns:
-        The table (molecules, then peptides, in the given order; positions in angstrom; domains drug, metabolite, natural
-        product, peptide, then any others) and what could not be embedded, with its name and the reason.
+        The table (molecules, then peptides, in the given order; positions in angstrom; domains drug, metabolite,
+        natural product, peptide, then any others) and what could not be embedded, with its name and the reason.
 
     Raises:
         ImportError: RDKit is missing; `pip install "moeyard[structures]"` brings it.

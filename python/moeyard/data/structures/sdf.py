@@ -46,11 +46,11 @@ def _records(text: str) -> list[str]:
     lines: list[str] = []
     for line in text.splitlines():
         if line.startswith("$$$$"):
-            records.append("\n".join(lines) + "\n")
+            records.append("".join(lines))
             lines = []
         else:
-            lines.append(line)
-    return [*records, "\n".join(lines) + "\n"] if any(line.strip() for line in lines) else records
+            lines.append(f"{line}\n")
+    return [*records, "".join(lines)] if any(line.strip() for line in lines) else records
 
 
 def _read_record(record: str, embed_2d: bool, seed: int) -> Structure | str:
