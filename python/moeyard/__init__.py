@@ -3,10 +3,28 @@
 Importing it loads torch and the native modules, nothing else; it never touches a GPU.
 """
 
-from moeyard.ops import identity
+from moeyard.ops import (
+    Packing,
+    PermutationPlan,
+    Segments,
+    gather_segments,
+    identity,
+    pack_batches,
+    permute_tokens,
+    plan_permutation,
+    unpermute_tokens,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Packing",
+    "PermutationPlan",
+    "Segments",
+    "gather_segments",
     "identity",
+    "pack_batches",
+    "permute_tokens",
+    "plan_permutation",
+    "unpermute_tokens",
 ]

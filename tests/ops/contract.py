@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ class OpContract:
     #: gradients of gradients are right, too
     double_backward: bool = False
     #: comparison with the reference, per dtype: torch.testing's defaults where a dtype is missing
-    tolerance: dict[torch.dtype, tuple[float, float]] = {}
+    tolerance: ClassVar[dict[torch.dtype, tuple[float, float]]] = {}
 
     def inputs(self, dtype: torch.dtype, size: str = "small", seed: int = 0) -> Inputs:
         """Keyword arguments; size "small" (gradcheck), "large" (past the thread threshold)."""
@@ -101,6 +101,16 @@ class OpContract:
         if self.double_backward:
             assert torch.autograd.gradgradcheck(function, leaves)
 
+    def test_second_derivative(self) -> None:
+        """Either right (gradgradcheck, above) or refused; never silently wrong or silently zero."""
+        if not self.differentiable or self.double_backward:
+            return
+        inputs, leaves = self.with_grad(self.inputs(self.grad_dtype()))
+        first = torch.autograd.grad(weighted_sum(self.run(inputs)), leaves, create_graph=True)
+        assert all(g.requires_grad for g in first)
+        with pytest.raises((NotImplementedError, RuntimeError), match=r"second derivative|differentiate twice"):
+            torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
     def of_leaves(self, inputs: Inputs) -> Callable[..., tuple[Tensor, ...]]:
         def function(*leaves: Tensor) -> tuple[Tensor, ...]:
             out = self.run({**inputs, **dict(zip(self.differentiable, leaves, strict=True))})
@@ -145,6 +155,23 @@ class OpContract:
                 eager = self.run_with_gradients(inputs)
                 got = type(self)._with_function(compiled).run_with_gradients(inputs)
                 self.assert_close(got, eager, dtype)
+
+    def test_export(self) -> None:
+        """torch.export gives a program with the same results, tensors as inputs, options baked in."""
+        inputs = self.inputs(self.main_dtype())
+        names = [k for k, v in inputs.items() if isinstance(v, Tensor)]
+        options = {k: v for k, v in inputs.items() if k not in names}
+        module = _Module(lambda tensors: self.run({**options, **dict(zip(names, tensors, strict=True))}))
+        tensors = [inputs[n] for n in names]
+        program = torch.export.export(module, (tensors,), strict=False)
+        assert_equal(as_tuple(program.module()(tensors)), self.run(inputs))
+
+    def test_autocast(self) -> None:
+        """The policy of every op: dtypes are the caller's choice, autocast changes nothing."""
+        inputs = self.inputs(self.grad_dtype() if self.differentiable else self.main_dtype())
+        expected = self.run_with_gradients(inputs)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert_equal(self.run_with_gradients(inputs), expected)
 
     @classmethod
     def _with_function(cls, function: Callable[..., Any]) -> OpContract:
@@ -225,6 +252,15 @@ class OpContract:
             torch.vmap(one)(*stacked)
 
 
+class _Module(torch.nn.Module):
+    def __init__(self, function: Callable[[list[Tensor]], tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        return self.function(tensors)
+
+
 class _Calls(Dataset):
     def __init__(self, contract: OpContract, dtype: torch.dtype) -> None:
         self.contract, self.dtype = contract, dtype
@@ -235,7 +271,9 @@ class _Calls(Dataset):
     def __getitem__(self, seed: int) -> tuple[Tensor, ...]:
         # DataLoader sets one thread, and torch's own OpenMP would hang with more after a fork; ours must not.
         torch.get_num_threads = lambda: 2
-        return tuple(t.detach() for t in self.contract.run_with_gradients(self.contract.inputs(self.dtype, "large", seed)))
+        return tuple(
+            t.detach() for t in self.contract.run_with_gradients(self.contract.inputs(self.dtype, "large", seed))
+        )
 
 
 class record(TorchDispatchMode):

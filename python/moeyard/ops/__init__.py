@@ -1,7 +1,19 @@
 """The native ops. Each file reads from top to bottom: maths, schema, public function, reference, devices, gradient."""
 
+from moeyard.ops.gather_segments import Segments, gather_segments
 from moeyard.ops.identity import identity
+from moeyard.ops.pack_batches import Packing, pack_batches
+from moeyard.ops.permute_tokens import permute_tokens, unpermute_tokens
+from moeyard.ops.plan_permutation import PermutationPlan, plan_permutation
 
 __all__ = [
+    "Packing",
+    "PermutationPlan",
+    "Segments",
+    "gather_segments",
     "identity",
+    "pack_batches",
+    "permute_tokens",
+    "plan_permutation",
+    "unpermute_tokens",
 ]

@@ -34,7 +34,8 @@ def identity(x: Tensor) -> Tensor:
     Determinism: bit-identical on every device. Autocast: `x` keeps its dtype. Gradient: the incoming one, copied.
     """
     _check.tensor("x", x)
-    return _op(x)
+    out: Tensor = _op(x)
+    return out
 
 
 def identity_reference(x: Tensor) -> Tensor:

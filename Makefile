@@ -1,0 +1,74 @@
+# Each target sets up what it needs: Python 3.11 or newer, make and a C++ compiler are enough.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+SOURCES := pyproject.toml CMakeLists.txt constraints.txt README.md \
+	$(shell find csrc python/moeyard -type f -not -name '*.so' -not -name '*.pyc' 2>/dev/null)
+
+.PHONY: demo test test-full lint format bench wheel smoke native clean help
+
+help:
+	@echo "make demo       train a small MoE structure encoder on embedded molecules (about 2 minutes)"
+	@echo "make test       the test suite (up to 15 minutes)"
+	@echo "make test-full  also the slow kinds"
+	@echo "make lint       ruff, mypy, clang-format"
+	@echo "make bench      benchmarks of the ops"
+	@echo "make wheel      a wheel and an sdist in dist/"
+	@echo "make smoke      install the wheel into a fresh environment elsewhere and try it there"
+	@echo "make native     build the native modules into the source tree, for development"
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/moeyard demo
+
+test: $(VENV)/test.stamp
+	$(BIN)/python -m pytest tests -m "not slow"
+
+test-full: $(VENV)/test.stamp
+	$(BIN)/python -m pytest tests
+
+lint: $(VENV)/test.stamp
+	$(PIP) install -c constraints.txt ruff mypy clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.hpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+format: $(VENV)/test.stamp
+	$(PIP) install -c constraints.txt ruff clang-format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.hpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+bench: $(VENV)/test.stamp
+	$(BIN)/python -m pytest benchmarks -o python_files="bench_*.py" -o python_functions="bench_*" --benchmark-only
+
+wheel: $(VENV)/base.stamp $(SOURCES)
+	$(PIP) install -c constraints.txt build
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+
+smoke: wheel
+	bash .ci/smoke dist $(PYTHON)
+
+native: $(VENV)/test.stamp
+	$(BIN)/cmake -G Ninja -S . -B build/dev -DMOEYARD_IN_TREE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+	$(BIN)/cmake --build build/dev
+
+$(VENV)/base.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than 3.11: call make with PYTHON=/path/to/python3.11 (or newer)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# Each stamp also stands for an up-to-date build of the package.
+$(VENV)/demo.stamp: $(VENV)/base.stamp $(SOURCES)
+	$(PIP) install -c constraints.txt ".[cli,train,structures]"
+	touch $@
+
+$(VENV)/test.stamp: $(VENV)/base.stamp $(SOURCES)
+	$(PIP) install -c constraints.txt ".[all,test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist

@@ -1,0 +1,238 @@
+"""gather_segments: copies the ragged segments of chosen samples into one contiguous batch: the collation.
+
+    out[out_ptr[m] + i] = values[ptr[index[m]] + i] (+ add[m]),   0 <= i < out_ptr[m + 1] - out_ptr[m]
+
+Shape letters: n rows of values, S segments, M chosen segments, R rows of the batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moeyard import _native
+from moeyard.ops import _check
+from moeyard.ops._register import DTYPE_CODE, register
+
+_SCHEMA = (
+    "gather_segments(Tensor values, Tensor ptr, Tensor index, Tensor? add, SymInt? total) -> (Tensor, Tensor, Tensor)"
+)
+_BACKWARD = "gather_segments_backward(Tensor grad, Tensor ptr, Tensor index, SymInt num_values) -> Tensor"
+_INTS = (torch.int32, torch.int64)
+_ADDABLE = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+class Segments(NamedTuple):
+    """`values[R,...]`: the rows. `ptr[M+1]` int64: where each chosen segment starts in them. `batch[R]` int64: the
+    number m of the chosen segment of every row (M for rows past the last).
+    """
+
+    values: Tensor
+    ptr: Tensor
+    batch: Tensor
+
+
+def gather_segments(
+    values: Tensor, ptr: Tensor, index: Tensor, *, add: Tensor | None = None, total: int | None = None
+) -> Segments:
+    """Collates chosen segments of `values` in the order of `index`.
+
+    Args:
+        values: [n, ...] of any dtype of 1, 2, 4 or 8 bytes; may be memory-mapped and read-only (only the chosen rows
+            are read, if it is contiguous).
+        ptr: [S + 1] int64 or int32; segment s is values[ptr[s]:ptr[s + 1]]. Only chosen entries are read and checked.
+        index: [M] int64 or int32, ids in [0, S), repeats allowed.
+        add: [M] int64 or int32, a number added to all of segment m's values (the atom offset of its edges), wrapping
+            around; for int8 ... int64 and uint8.
+        total: a fixed R, for static shapes; rows past the last segment are 0 with batch number M, and ptr[M] says how
+            many rows are real. None: R is their number.
+
+    Returns:
+        Segments.
+
+    Raises:
+        TypeError, ValueError: a wrong type, shape, dtype or device; an id or a chosen segment out of range (naming it),
+            more rows than `total`.
+
+    Determinism: bit-identical for any number of threads. Autocast: values keep their dtype. Gradients of any order for
+    float32, float64, float16 and bfloat16, summed in the order of `index` in float32 (float64 for float64); chosen
+    segments that overlap have none (ValueError).
+    Source: the batching of PyTorch Geometric (arXiv 1903.02428): `Batch.from_data_list`.
+    """
+    _check.tensor("values", values)
+    _check.tensor("ptr", ptr)
+    _check.tensor("index", index)
+    _check.tensor("add", add, optional=True)
+    _check.integer("total", total, minimum=0, optional=True)
+    return Segments(*_op(values, ptr, index, add, total))
+
+
+def gather_segments_reference(
+    values: Tensor, ptr: Tensor, index: Tensor, *, add: Tensor | None = None, total: int | None = None
+) -> Segments:
+    """The same in plain torch."""
+    numbers = [0] * index.shape[0] if add is None else add.tolist()
+    parts = [values[:0]]
+    lengths = []
+    for s, number in zip(index.tolist(), numbers, strict=True):
+        part = values[int(ptr[s]) : int(ptr[s + 1])]
+        lengths.append(part.shape[0])
+        parts.append(part if add is None else (part.long() + number).to(values.dtype))
+    out_ptr = torch.tensor([0, *lengths]).cumsum(0)
+    batch = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64))
+    if total is not None:
+        tail = total - batch.shape[0]
+        parts.append(torch.zeros(tail, *values.shape[1:], dtype=values.dtype))
+        batch = torch.cat([batch, torch.full((tail,), len(lengths))])
+    return Segments(torch.cat(parts), out_ptr, batch)
+
+
+# ---- below the dispatcher ---------------------------------------------------------------------------------------
+
+
+def _validate_ids(ptr: Tensor, index: Tensor) -> None:
+    _check.shape("ptr", ptr, ["S + 1"])
+    _check.shape("index", index, ["M"])
+    _check.dtype("ptr", ptr, _INTS)
+    _check.dtype("index", index, _INTS)
+
+
+def _validate(values: Tensor, ptr: Tensor, index: Tensor, add: Tensor | None, total: Any) -> None:
+    if values.dim() == 0:
+        raise ValueError("values: expected shape [n, ...], got []")
+    if values.element_size() not in (1, 2, 4, 8):
+        raise TypeError(f"values: expected a dtype of 1, 2, 4 or 8 bytes, got {values.dtype}")
+    _validate_ids(ptr, index)
+    _check.same_device("values", values, ptr=ptr, index=index, add=add)
+    _check.integer("total", total, minimum=0, optional=True)
+    if add is not None:
+        _check.shape("add", add, [index.shape[0]])
+        _check.dtype("add", add, _INTS)
+        _check.dtype("values (with add)", values, _ADDABLE)
+
+
+def _view(x: Tensor | None) -> tuple[int, bool]:
+    return (0, True) if x is None else (x.data_ptr(), x.dtype == torch.int64)
+
+
+def _request(ptr: Tensor, index: Tensor, num_values: int) -> tuple[Any, Tensor, int]:
+    """The native request, the pointers of the output and its rows. `ptr` and `index` are contiguous and outlive it."""
+    if ptr.shape[0] == 0:
+        raise ValueError("ptr: expected shape [S + 1], got [0]")
+    count = index.shape[0]
+    request = _native.cpu.SegmentsRequest(_view(ptr), ptr.shape[0] - 1, num_values, _view(index), count)
+    out_ptr = torch.empty(count + 1, dtype=torch.int64)
+    return request, out_ptr, _native.cpu.segments_ptr(request, out_ptr.data_ptr())
+
+
+def _row_items(x: Tensor) -> int:
+    return x[:1].numel() if x.shape[0] else 0
+
+
+def _cpu(
+    values: Tensor, ptr: Tensor, index: Tensor, add: Tensor | None, total: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    _validate(values, ptr, index, add, total)
+    values, ptr, index = values.contiguous(), ptr.contiguous(), index.contiguous()
+    add = None if add is None else add.contiguous()
+    request, out_ptr, rows = _request(ptr, index, values.shape[0])
+    if total is not None and rows > total:
+        raise ValueError(f"total: expected at least {rows} (the rows of the chosen segments), got {total}")
+    rows = rows if total is None else total
+    out = values.new_empty(rows, *values.shape[1:])
+    batch = torch.empty(rows, dtype=torch.int64)
+    _native.cpu.gather_segments(
+        request,
+        out_ptr.data_ptr(),
+        values.data_ptr(),
+        _row_items(out),
+        out.element_size(),
+        _view(add),
+        rows,
+        out.data_ptr(),
+        batch.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out, out_ptr, batch
+
+
+def _fake(values: Tensor, ptr: Tensor, index: Tensor, add: Tensor | None, total: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _validate(values, ptr, index, add, total)
+    rows = torch.library.get_ctx().new_dynamic_size() if total is None else total
+    return (
+        values.new_empty(rows, *values.shape[1:]),
+        values.new_empty(index.shape[0] + 1, dtype=torch.int64),
+        values.new_empty(rows, dtype=torch.int64),
+    )
+
+
+def _validate_backward(grad: Tensor, ptr: Tensor, index: Tensor, num_values: Any) -> None:
+    if grad.dim() == 0:
+        raise ValueError("grad: expected shape [R, ...], got []")
+    _check.dtype("grad", grad, _FLOATS)
+    _validate_ids(ptr, index)
+    _check.same_device("grad", grad, ptr=ptr, index=index)
+    _check.integer("num_values", num_values, minimum=0)
+
+
+def _backward_cpu(grad: Tensor, ptr: Tensor, index: Tensor, num_values: int) -> Tensor:
+    _validate_backward(grad, ptr, index, num_values)
+    grad, ptr, index = grad.contiguous(), ptr.contiguous(), index.contiguous()
+    request, out_ptr, rows = _request(ptr, index, num_values)
+    if rows > grad.shape[0]:
+        raise ValueError(f"grad: expected at least {rows} rows (those of the chosen segments), got {grad.shape[0]}")
+    out = grad.new_zeros(num_values, *grad.shape[1:])
+    workspace = torch.empty(index.shape[0], dtype=torch.int64)
+    _native.cpu.gather_segments_backward(
+        request,
+        out_ptr.data_ptr(),
+        grad.data_ptr(),
+        _row_items(grad),
+        DTYPE_CODE[grad.dtype],
+        workspace.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _backward_fake(grad: Tensor, ptr: Tensor, index: Tensor, num_values: Any) -> Tensor:
+    _validate_backward(grad, ptr, index, num_values)
+    return grad.new_empty(num_values, *grad.shape[1:])
+
+
+class _Autograd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, ptr: Tensor, index: Tensor, add: Tensor | None, total: Any) -> Any:
+        if values.requires_grad:
+            _check.dtype("values (with a gradient)", values, _FLOATS)
+        ctx.save_for_backward(ptr, index)
+        ctx.num_values = values.shape[0]
+        out, out_ptr, batch = _op.below(values, ptr, index, add, total)
+        ctx.mark_non_differentiable(out_ptr, batch)
+        return out, out_ptr, batch
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _ptr: Tensor, _batch: Tensor) -> Any:  # type: ignore[override]
+        return _backward_op(grad, *ctx.saved_tensors, ctx.num_values), None, None, None, None
+
+
+class _BackwardAutograd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, ptr: Tensor, index: Tensor, num_values: Any) -> Tensor:
+        ctx.save_for_backward(ptr, index)
+        ctx.rows = grad.shape[0]
+        out: Tensor = _backward_op.below(grad, ptr, index, num_values)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        # The scatter's gradient is the gather, to as many rows as there were.
+        return _op(grad, *ctx.saved_tensors, None, ctx.rows)[0], None, None, None
+
+
+_op = register(_SCHEMA, cpu=_cpu, fake=_fake, autograd=_Autograd)
+_backward_op = register(_BACKWARD, cpu=_backward_cpu, fake=_backward_fake, autograd=_BackwardAutograd)

@@ -1,0 +1,249 @@
+"""pack_batches: cuts a shuffled epoch into batches that fit a budget of atoms (and of edges), from sizes alone.
+
+Batch b holds the samples index[ptr[b]:ptr[b + 1]]:
+
+    sum of sizes <= budget,   sum of sizes2 <= budget2,   ptr[b + 1] - ptr[b] <= max_samples
+
+Shape letters: N samples, L length of the order, B batches, P packed and Q skipped samples (P + Q = L).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moeyard import _native
+from moeyard.ops import _check
+from moeyard.ops._register import register
+
+_SCHEMA = (
+    "pack_batches(Tensor sizes, SymInt budget, Tensor? order, Tensor? segments, SymInt? max_samples, Tensor? sizes2,"
+    " SymInt? budget2, SymInt lookahead, str oversize) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_INTS = (torch.int32, torch.int64)
+_OVERSIZE = ("error", "own_batch", "skip")
+_NO_LIMIT = 2**63 - 1
+
+
+class Packing(NamedTuple):
+    """All int64. `index[P]`: sample ids, batch after batch. `ptr[B+1]`: where each batch starts in it. `fill[B]`: each
+    batch's total size. `skipped[Q]`: ids left out by oversize="skip", in the order of `order`.
+    """
+
+    index: Tensor  # type: ignore[assignment]  # the contract's name, over tuple.index
+    ptr: Tensor
+    fill: Tensor
+    skipped: Tensor
+
+
+def pack_batches(
+    sizes: Tensor,
+    budget: int,
+    *,
+    order: Tensor | None = None,
+    segments: Tensor | None = None,
+    max_samples: int | None = None,
+    sizes2: Tensor | None = None,
+    budget2: int | None = None,
+    lookahead: int = 0,
+    oversize: str = "error",
+) -> Packing:
+    """Packs samples into batches within a budget, in the order in which they come.
+
+    Args:
+        sizes: [N] int64 or int32, every sample's size (atoms), at least 0. A size of 0 counts to `max_samples` only.
+        budget: largest total size of a batch, positive.
+        order: [L] distinct sample ids, L <= N: the shuffled order, or one rank's share of it; None is 0 ... N - 1.
+        segments: [N] integer, the chunk of every sample, by id. Chunks are ranked by their first appearance in `order`;
+            a batch opened by a sample of rank s takes samples of ranks s and s + 1 only.
+        max_samples: most samples per batch; None is no limit.
+        sizes2, budget2: a second size per sample (edges) and its budget; both or neither.
+        lookahead: 0 is next-fit: a sample that does not fit closes the batch, and `index` keeps the order. L > 0 is
+            bounded best fit: with at most L open batches a sample goes to the one that it leaves the least room in
+            (ties: the earliest opened); when it fits in none and L are open, the fullest is closed. A batch without
+            room, or with `max_samples`, closes at once. Best means by `sizes`; the rest only says what fits.
+        oversize: a sample larger than the budget is an "error", gets its "own_batch" at its place, or is left out
+            ("skip") and listed in `skipped`.
+
+    Returns:
+        Packing; batches in the order in which they were opened, samples of a batch in the order of arrival.
+
+    Raises:
+        TypeError, ValueError: a wrong type, shape, device or option; a negative size, an id out of range or repeated,
+            an oversize sample (naming id, size and budget).
+
+    Determinism: integers, equal on every call and device. Autocast and gradients do not apply. Time: O(L) for next-fit,
+    O(L log lookahead) for best fit unless many open batches have room but fail in sizes2 or segments. Memory beside the
+    outputs: 4 bytes per sample and a few words per segment and open batch.
+    Source: Csirik & Johnson, "Bounded space on-line bin packing: best is better than first", Algorithmica 31 (2001).
+    """
+    _check.tensor("sizes", sizes)
+    for name, value in (("order", order), ("segments", segments), ("sizes2", sizes2)):
+        _check.tensor(name, value, optional=True)
+    _check_options(budget, max_samples, budget2, lookahead, oversize)
+    return Packing(*_op(sizes, budget, order, segments, max_samples, sizes2, budget2, lookahead, oversize))
+
+
+def pack_batches_reference(
+    sizes: Tensor,
+    budget: int,
+    *,
+    order: Tensor | None = None,
+    segments: Tensor | None = None,
+    max_samples: int | None = None,
+    sizes2: Tensor | None = None,
+    budget2: int | None = None,
+    lookahead: int = 0,
+    oversize: str = "error",
+) -> Packing:
+    """The same in plain Python."""
+    size = sizes.tolist()
+    size2 = [0] * len(size) if sizes2 is None else sizes2.tolist()
+    segment = [0] * len(size) if segments is None else segments.tolist()
+    batches: list[list[int]] = []
+    opened: list[int] = []  # open batches, by number
+    skipped: list[int] = []
+    ranks: dict[int, int] = {}
+
+    def room(b: int) -> int:
+        return budget - int(sum(size[i] for i in batches[b]))
+
+    def takes(b: int, i: int) -> bool:
+        within = size[i] <= room(b) and sum(size2[j] for j in (*batches[b], i)) <= (budget2 or 0)
+        rank = ranks[segment[i]] - ranks[segment[batches[b][0]]]
+        return within and len(batches[b]) < (max_samples or _NO_LIMIT) and rank in (0, 1)
+
+    for i in range(len(size)) if order is None else order.tolist():
+        ranks.setdefault(segment[i], len(ranks))
+        if size[i] > budget or size2[i] > (budget2 or 0):
+            if oversize == "error":
+                raise ValueError(f"sample {i} is too large")
+            if oversize == "skip":
+                skipped.append(i)
+            else:
+                batches.append([i])
+                opened = opened if lookahead else []
+            continue
+        fits = [b for b in opened if takes(b, i)]
+        if fits:
+            best = min(fits, key=lambda b: (room(b), b))
+        else:
+            if len(opened) == max(lookahead, 1):
+                opened.remove(min(opened, key=lambda b: (room(b), b)))
+            best = len(batches)
+            batches.append([])
+            opened.append(best)
+        batches[best].append(i)
+        if lookahead and (room(best) == 0 or len(batches[best]) == max_samples):
+            opened.remove(best)
+
+    def ints(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64)
+
+    ptr = [0]
+    for batch in batches:
+        ptr.append(ptr[-1] + len(batch))
+    fill = [sum(size[i] for i in batch) for batch in batches]
+    return Packing(ints([i for batch in batches for i in batch]), ints(ptr), ints(fill), ints(skipped))
+
+
+# ---- below the dispatcher ---------------------------------------------------------------------------------------
+
+
+def _check_options(budget: Any, max_samples: Any, budget2: Any, lookahead: Any, oversize: Any) -> None:
+    _check.integer("budget", budget, minimum=1)
+    _check.integer("max_samples", max_samples, minimum=1, optional=True)
+    _check.integer("budget2", budget2, minimum=1, optional=True)
+    _check.integer("lookahead", lookahead, minimum=0)
+    _check.option("oversize", oversize, _OVERSIZE)
+
+
+def _validate(
+    sizes: Tensor,
+    budget: Any,
+    order: Tensor | None,
+    segments: Tensor | None,
+    max_samples: Any,
+    sizes2: Tensor | None,
+    budget2: Any,
+    lookahead: Any,
+    oversize: str,
+) -> None:
+    _check_options(budget, max_samples, budget2, lookahead, oversize)
+    _check.shape("sizes", sizes, ["N"])
+    _check.dtype("sizes", sizes, _INTS)
+    if (sizes2 is None) != (budget2 is None):
+        given, missing = ("budget2", "sizes2") if sizes2 is None else ("sizes2", "budget2")
+        raise ValueError(f"{missing}: expected a value together with {given}, got None")
+    for name, value, size in (
+        ("order", order, "L"),
+        ("segments", segments, sizes.shape[0]),
+        ("sizes2", sizes2, sizes.shape[0]),
+    ):
+        if value is not None:
+            _check.shape(name, value, [size])
+            _check.dtype(name, value, _INTS)
+            _check.same_device("sizes", sizes, **{name: value})
+
+
+def _view(x: Tensor | None) -> tuple[int, bool]:
+    return (0, True) if x is None else (x.data_ptr(), x.dtype == torch.int64)
+
+
+def _cpu(
+    sizes: Tensor,
+    budget: int,
+    order: Tensor | None,
+    segments: Tensor | None,
+    max_samples: int | None,
+    sizes2: Tensor | None,
+    budget2: int | None,
+    lookahead: int,
+    oversize: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _validate(sizes, budget, order, segments, max_samples, sizes2, budget2, lookahead, oversize)
+    samples = sizes.shape[0]
+    length = samples if order is None else order.shape[0]
+    if length > samples:
+        raise ValueError(f"order: expected at most {samples} ids (one per sample), got {length}")
+    if length > 2**32 - 2:
+        raise ValueError(f"order: expected at most 2^32 - 2 samples, got {length}")
+    # Held by name until the kernels are done.
+    inputs = [None if t is None else t.contiguous() for t in (sizes, order, segments, sizes2)]
+    sizes_view, order_view, segments_view, sizes2_view = map(_view, inputs)
+    request = _native.cpu.PackRequest(
+        sizes_view,
+        samples,
+        order_view,
+        length,
+        segments_view,
+        sizes2_view,
+        budget,
+        budget2 or 0,
+        max_samples or _NO_LIMIT,
+        lookahead,
+        _OVERSIZE.index(oversize),
+    )
+    seen = torch.zeros(0 if order is None else (samples + 7) // 8, dtype=torch.uint8)
+    batch_of_position = torch.empty(length, dtype=torch.int32)
+    batches, packed, skips = _native.cpu.pack_batches(request, seen.data_ptr(), batch_of_position.data_ptr())
+    index, ptr, fill, skipped = (torch.empty(n, dtype=torch.int64) for n in (packed, batches + 1, batches, skips))
+    addresses = (t.data_ptr() for t in (index, ptr, fill, skipped))
+    _native.cpu.pack_batches_fill(request, batch_of_position.data_ptr(), batches, *addresses)
+    return index, ptr, fill, skipped
+
+
+def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _validate(*args)
+    sizes = args[0]
+    new_size = torch.library.get_ctx().new_dynamic_size
+    packed, batches, skipped = new_size(), new_size(), new_size()
+    index, ptr, fill, left = (
+        torch.empty(n, dtype=torch.int64, device=sizes.device) for n in (packed, batches + 1, batches, skipped)
+    )
+    return index, ptr, fill, left
+
+
+_op = register(_SCHEMA, cpu=_cpu, fake=_fake)

@@ -1,0 +1,333 @@
+"""permute_tokens, unpermute_tokens: moves token rows to their experts by a plan, and combines the experts' rows again.
+
+    permute:    out[row] = w[slot] * x[token]                       rows without a slot are zero
+    unpermute:  out[token] = sum over its slots of w[slot] * y[row]   slots without a row add nothing
+
+With P the (weighted) matrix from tokens to rows, permute is P x and unpermute P^T y: each is the other's gradient, and
+the gradient of a weight is the dot product <x[token], y[row]>, taken in the same pass.
+
+Shape letters: T tokens, k experts per token, H features, R rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeyard import _native
+from moeyard.ops import _check
+from moeyard.ops._register import DTYPE_CODE, Op, register
+from moeyard.ops.plan_permutation import PermutationPlan
+
+_ARGS = "Tensor row_of_slot, Tensor slot_of_row, Tensor? {weights}"
+_PERMUTE = f"permute_tokens(Tensor x, {_ARGS.format(weights='slot_weights')}) -> Tensor"
+_UNPERMUTE = f"unpermute_tokens(Tensor y, {_ARGS.format(weights='weights')}) -> Tensor"
+_PERMUTE_BACKWARD = (
+    f"permute_tokens_backward(Tensor grad, Tensor? x, {_ARGS.format(weights='slot_weights')}, bool need_x,"
+    " bool need_weights) -> (Tensor, Tensor)"
+)
+_UNPERMUTE_BACKWARD = (
+    f"unpermute_tokens_backward(Tensor grad, Tensor? y, {_ARGS.format(weights='weights')}, bool need_y,"
+    " bool need_weights) -> (Tensor, Tensor)"
+)
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_SUMMED = (*_FLOATS, torch.int32, torch.int64)
+
+
+def permute_tokens(x: Tensor, plan: PermutationPlan, *, slot_weights: Tensor | None = None) -> Tensor:
+    """Copies every token's row to the row of each of its slots.
+
+    Args:
+        x: [T, H], any dtype of 1, 2, 4 or 8 bytes; float32, float64, float16 or bfloat16 with `slot_weights`.
+        plan: from `plan_permutation`.
+        slot_weights: [T, k] float, multiplied in here, before the experts, instead of in `unpermute_tokens`.
+
+    Returns:
+        [R, H] in x's dtype; padding and tail rows are zero.
+
+    Raises:
+        TypeError, ValueError: a wrong type, shape, dtype or device, or a plan whose two maps contradict each other.
+
+    Determinism: bit-identical for any number of threads. Autocast: x keeps its dtype. Gradients of any order for the
+    four float dtypes, accumulated in float32 (float64 for float64) in slot order; `slot_weights` is used in that
+    precision and gets its gradient in its own dtype.
+    Source: MegaBlocks (arXiv 2211.15841).
+    """
+    _check.tensor("x", x)
+    _check_plan_type(plan)
+    _check.tensor("slot_weights", slot_weights, optional=True)
+    out: Tensor = _OPS["permute_tokens"](x, plan.row_of_slot, plan.slot_of_row, slot_weights)
+    return out
+
+
+def unpermute_tokens(y: Tensor, plan: PermutationPlan, weights: Tensor | None = None) -> Tensor:
+    """Sums every token's rows, each multiplied by its weight.
+
+    Args:
+        y: [R, H] float32, float64, float16 or bfloat16; without `weights` also int32 or int64 (sums wrap around).
+        plan: the one that `permute_tokens` used.
+        weights: [T, k] float; None is 1 for every slot.
+
+    Returns:
+        [T, H] in y's dtype; a token without a row is zero. Padding and tail rows of y are never read.
+
+    Raises:
+        TypeError, ValueError: as `permute_tokens`.
+
+    Determinism: sums in slot order in float32 (float64 for float64), bit-identical for any number of threads. Autocast:
+    y keeps its dtype. Gradients of any order; padding and tail rows get zeros.
+    Source: MegaBlocks (arXiv 2211.15841).
+    """
+    _check.tensor("y", y)
+    _check_plan_type(plan)
+    _check.tensor("weights", weights, optional=True)
+    out: Tensor = _OPS["unpermute_tokens"](y, plan.row_of_slot, plan.slot_of_row, weights)
+    return out
+
+
+# ---- checks -----------------------------------------------------------------------------------------------------
+
+
+def _check_plan_type(plan: Any) -> None:
+    if not isinstance(plan, PermutationPlan):
+        raise TypeError(f"plan: expected a PermutationPlan, got {type(plan).__name__}")
+    _check.tensor("plan.row_of_slot", plan.row_of_slot)
+    _check.tensor("plan.slot_of_row", plan.slot_of_row)
+
+
+def _validate(name: str, source: Tensor, row_of_slot: Tensor, slot_of_row: Tensor, weights: Tensor | None) -> None:
+    """`source` is x (a row per token) or y (a row per row); `name` says which."""
+    weights_name = "slot_weights" if name == "x" else "weights"
+    _check.shape(name, source, ["T" if name == "x" else "R", "H"])
+    _check.shape("plan.row_of_slot", row_of_slot, [source.shape[0] if name == "x" else "T", "k"])
+    _check.shape("plan.slot_of_row", slot_of_row, ["R" if name == "x" else source.shape[0]])
+    for field, value in (("plan.row_of_slot", row_of_slot), ("plan.slot_of_row", slot_of_row)):
+        _check.dtype(field, value, (torch.int32,))
+    _check.same_device(
+        name, source, **{"plan.row_of_slot": row_of_slot, "plan.slot_of_row": slot_of_row, weights_name: weights}
+    )
+    if weights is not None:
+        _check.shape(weights_name, weights, list(row_of_slot.shape))
+        _check.dtype(weights_name, weights, _FLOATS)
+        _check.dtype(f"{name} (with {weights_name})", source, _FLOATS)
+    elif name == "y":
+        _check.dtype("y", source, _SUMMED)
+    elif source.element_size() not in (1, 2, 4, 8):
+        raise TypeError(f"x: expected a dtype of 1, 2, 4 or 8 bytes, got {source.dtype}")
+
+
+def _validate_backward(
+    name: str,
+    grad: Tensor,
+    source: Tensor | None,
+    row_of_slot: Tensor,
+    slot_of_row: Tensor,
+    weights: Tensor | None,
+    need_weights: bool,
+) -> None:
+    # The gradient of permute is checked like unpermute's y, and the other way round.
+    _validate("y" if name == "x" else "x", grad, row_of_slot, slot_of_row, weights)
+    _check.dtype("grad", grad, _FLOATS)
+    if not need_weights:
+        return
+    if source is None or weights is None:
+        raise ValueError(f"need_weights: expected {name} and the weights with it, got None")
+    _validate(name, source, row_of_slot, slot_of_row, weights)
+    _check.dtype(name, source, (grad.dtype,))
+    _check.same_device("grad", grad, **{name: source})
+    _check.shape(name, source, [source.shape[0], grad.shape[1]])
+
+
+# ---- CPU --------------------------------------------------------------------------------------------------------
+
+
+def _accumulation(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _plan_args(row_of_slot: Tensor, slot_of_row: Tensor) -> tuple[int, int, int, int, int]:
+    """Checks the plan's values too: the kernels trust it."""
+    tokens, k = row_of_slot.shape
+    args = (row_of_slot.data_ptr(), slot_of_row.data_ptr(), tokens, k, slot_of_row.shape[0])
+    _native.cpu.check_plan(args, torch.get_num_threads())
+    return args
+
+
+def _move(
+    to_rows: bool,
+    source: Tensor,
+    other: Tensor | None,
+    row_of_slot: Tensor,
+    slot_of_row: Tensor,
+    weights: Tensor | None,
+    need_out: bool,
+    need_dots: bool,
+) -> tuple[Tensor, Tensor]:
+    """Permute (`to_rows`) or unpermute `source`, and the dots of its rows with those of `other`, each if needed."""
+    source, row_of_slot, slot_of_row = source.contiguous(), row_of_slot.contiguous(), slot_of_row.contiguous()
+    other = None if other is None else other.contiguous()
+    precision = _accumulation(source.dtype)
+    exact = None if weights is None else weights.to(precision).contiguous()
+    rows = slot_of_row.shape[0] if to_rows else row_of_slot.shape[0]
+    out = source.new_empty((rows, source.shape[1]) if need_out else 0)
+    dots = source.new_empty(row_of_slot.shape if need_dots else 0, dtype=precision)
+    plan, threads = _plan_args(row_of_slot, slot_of_row), torch.get_num_threads()
+    if to_rows and weights is None:
+        row_bytes = source.shape[1] * source.element_size()
+        _native.cpu.permute_rows(source.data_ptr(), plan, row_bytes, out.data_ptr(), threads)
+    else:
+        kernel = _native.cpu.permute_weighted if to_rows else _native.cpu.unpermute_rows
+        kernel(
+            source.data_ptr(),
+            _address(exact),
+            _address(other if need_dots else None),
+            plan,
+            source.shape[1],
+            DTYPE_CODE[source.dtype],
+            _address(out if need_out else None),
+            _address(dots if need_dots else None),
+            threads,
+        )
+    return out, dots if weights is None else dots.to(weights.dtype)
+
+
+def _permute_cpu(x: Tensor, row_of_slot: Tensor, slot_of_row: Tensor, slot_weights: Tensor | None) -> Tensor:
+    _validate("x", x, row_of_slot, slot_of_row, slot_weights)
+    return _move(True, x, None, row_of_slot, slot_of_row, slot_weights, True, False)[0]
+
+
+def _unpermute_cpu(y: Tensor, row_of_slot: Tensor, slot_of_row: Tensor, weights: Tensor | None) -> Tensor:
+    _validate("y", y, row_of_slot, slot_of_row, weights)
+    return _move(False, y, None, row_of_slot, slot_of_row, weights, True, False)[0]
+
+
+def _backward_cpu(name: str) -> Any:
+    def backward(
+        grad: Tensor,
+        source: Tensor | None,
+        row_of_slot: Tensor,
+        slot_of_row: Tensor,
+        weights: Tensor | None,
+        need_source: bool,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor]:
+        _validate_backward(name, grad, source, row_of_slot, slot_of_row, weights, need_weights)
+        return _move(name == "y", grad, source, row_of_slot, slot_of_row, weights, need_source, need_weights)
+
+    return backward
+
+
+# ---- fake -------------------------------------------------------------------------------------------------------
+
+
+def _permute_fake(x: Tensor, row_of_slot: Tensor, slot_of_row: Tensor, slot_weights: Tensor | None) -> Tensor:
+    _validate("x", x, row_of_slot, slot_of_row, slot_weights)
+    return x.new_empty(slot_of_row.shape[0], x.shape[1])
+
+
+def _unpermute_fake(y: Tensor, row_of_slot: Tensor, slot_of_row: Tensor, weights: Tensor | None) -> Tensor:
+    _validate("y", y, row_of_slot, slot_of_row, weights)
+    return y.new_empty(row_of_slot.shape[0], y.shape[1])
+
+
+def _backward_fake(name: str) -> Any:
+    def backward(
+        grad: Tensor,
+        source: Tensor | None,
+        row_of_slot: Tensor,
+        slot_of_row: Tensor,
+        weights: Tensor | None,
+        need_source: bool,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor]:
+        _validate_backward(name, grad, source, row_of_slot, slot_of_row, weights, need_weights)
+        rows = row_of_slot.shape[0] if name == "x" else slot_of_row.shape[0]
+        dtype = _accumulation(grad.dtype) if weights is None else weights.dtype
+        return (
+            grad.new_empty((rows, grad.shape[1]) if need_source else 0),
+            grad.new_empty(row_of_slot.shape if need_weights else 0, dtype=dtype),
+        )
+
+    return backward
+
+
+# ---- gradients --------------------------------------------------------------------------------------------------
+
+
+def _gradients(op_name: str, name: str) -> tuple[type[torch.autograd.Function], type[torch.autograd.Function]]:
+    """The functions of an op F(source, weights) and of its backward; permute and unpermute have the same form.
+
+    F is bilinear, F(s, w), and its backward computes (F^T(g, w), D(s, g)) with D the dots. The gradients of those are
+    again an F and one more call of the backward op, so derivatives of any order come for free.
+    """
+
+    class Forward(torch.autograd.Function):
+        @staticmethod
+        def forward(
+            ctx: Any, source: Tensor, row_of_slot: Tensor, slot_of_row: Tensor, weights: Tensor | None
+        ) -> Tensor:
+            if source.requires_grad:
+                _check.dtype(f"{name} (with a gradient)", source, _FLOATS)
+            kept = source if weights is not None and ctx.needs_input_grad[3] else None
+            ctx.save_for_backward(kept, row_of_slot, slot_of_row, weights)
+            out: Tensor = _OPS[op_name].below(source, row_of_slot, slot_of_row, weights)
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+            need_source, _, _, need_weights = ctx.needs_input_grad
+            grads = _OPS[op_name + "_backward"](grad, *ctx.saved_tensors, need_source, need_weights)
+            return grads[0] if need_source else None, None, None, grads[1] if need_weights else None
+
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            ctx.save_for_backward(*args[:5])
+            ctx.need_source, ctx.need_weights = args[5:]
+            return _OPS[op_name + "_backward"].below(*args)
+
+        @staticmethod
+        def backward(ctx: Any, grad_source: Tensor, grad_weights: Tensor) -> Any:  # type: ignore[override]
+            grad, source, row_of_slot, slot_of_row, weights = ctx.saved_tensors
+            plan = (row_of_slot, slot_of_row)
+            terms = []
+            if ctx.needs_input_grad[0] and ctx.need_source:
+                terms.append(_OPS[op_name](grad_source, *plan, weights))
+            if ctx.needs_input_grad[0] and ctx.need_weights:
+                terms.append(_OPS[op_name](source, *plan, grad_weights))
+            to_source = ctx.need_weights and ctx.needs_input_grad[1]
+            to_weights = ctx.need_source and ctx.needs_input_grad[4]
+            more: Any = (None, None)
+            if to_source or to_weights:
+                upstream = grad_weights if ctx.need_weights else weights
+                again = _OPS[op_name + "_backward"]
+                more = again(grad, grad_source if to_weights else None, *plan, upstream, to_source, to_weights)
+            return (
+                sum(terms[1:], terms[0]) if terms else None,
+                more[0] if to_source else None,
+                None,
+                None,
+                more[1] if to_weights else None,
+                None,
+                None,
+            )
+
+    return Forward, Backward
+
+
+_OPS: dict[str, Op] = {}
+for _name, _source, _schema, _backward_schema, _cpu, _fake in (
+    ("permute_tokens", "x", _PERMUTE, _PERMUTE_BACKWARD, _permute_cpu, _permute_fake),
+    ("unpermute_tokens", "y", _UNPERMUTE, _UNPERMUTE_BACKWARD, _unpermute_cpu, _unpermute_fake),
+):
+    _forward, _backward = _gradients(_name, _source)
+    _OPS[_name] = register(_schema, cpu=_cpu, fake=_fake, autograd=_forward)
+    _OPS[_name + "_backward"] = register(
+        _backward_schema, cpu=_backward_cpu(_source), fake=_backward_fake(_source), autograd=_backward
+    )
