@@ -110,14 +110,18 @@ def test_altlocs_of_whole_residues_written_one_after_the_other(tmp_path: Path) -
     assert read_one(tmp_path, conformers).positions[:, 0].tolist() == [10, 11, 12]
 
 
-def test_two_residues_at_one_site(tmp_path: Path) -> None:
-    """Microheterogeneity: serine at 40 %, threonine at 60 %; one residue is kept, whole."""
-    table = read_one(
-        tmp_path,
-        [pdb_line(name, "SER", "22", (1, 0, i), altloc="A", occupancy=0.4) for i, name in enumerate(("CA", "CB"))]
-        + [pdb_line(name, "THR", "22", (2, 0, i), altloc="B", occupancy=0.6) for i, name in enumerate(("CA", "CB"))],
-    )
-    assert table.positions[:, 0].tolist() == [2, 2]
+@pytest.mark.parametrize(("share", "kept"), [(0.4, 2), (0.6, 1)])
+def test_two_residues_at_one_site(tmp_path: Path, share: float, kept: int) -> None:
+    """Microheterogeneity, serine in two conformers, threonine in one: one residue is kept, whole."""
+    serine = [
+        pdb_line(name, "SER", "22", (1, 0, i), altloc=letter, occupancy=share / 2)
+        for i, name in enumerate(("CA", "CB"))
+        for letter in "AB"
+    ]
+    threonine = [
+        pdb_line(name, "THR", "22", (2, 0, i), altloc="C", occupancy=1 - share) for i, name in enumerate(("CA", "CB"))
+    ]
+    assert read_one(tmp_path, serine + threonine).positions[:, 0].tolist() == [kept] * 2
 
 
 def test_equal_names_without_altloc_all_stay(tmp_path: Path) -> None:

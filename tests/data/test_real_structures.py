@@ -7,12 +7,22 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import gemmi
 import pytest
+import torch
+from torch import Tensor
 
 from moeyard.data.structures import Skipped, StructureTable, read_structures
 
 FOLDERS = ("alphafold", "proteins", "pairs_pdb_cif", "rna")
 WATERS = {"HOH", "DOD", "WAT", "H2O"}
+# Sites where a crystal holds a mixture of residues; the most occupied one is read. The counts below go by atom names
+# within a residue and know nothing of that, so the atoms of the others are listed here.
+MIXED_SITES = {
+    "1pfe.cif.gz": 7 + 7,  # B 3 and B 7: N2C or NCY, 56 % and 44 %
+    "3JQH.cif": 6 + 9 + 9,  # A 1: Pro 83 %, Ser 17 %; A 15: Arg 50 %, Gln 33 %, Glu 17 %
+    "altloc.cif": 6,  # A 22: Pro 60 %, Ser 40 % in two conformers
+}
 Found = tuple[StructureTable, list[Skipped]]
 
 
@@ -61,22 +71,27 @@ def test_domains(found: dict[str, Found]) -> None:
     }
 
 
-@pytest.mark.parametrize("folder", ["alphafold", "pairs_pdb_cif", "proteins"])
-def test_pdb_and_mmcif_agree(found: dict[str, Found], folder: str) -> None:
-    """The same entry in both formats: atom counts, elements and positions, in whatever order."""
+@pytest.mark.parametrize(("folder", "count"), [("alphafold", 2), ("pairs_pdb_cif", 17), ("proteins", 4)])
+def test_pdb_and_mmcif_agree(found: dict[str, Found], folder: str, count: int) -> None:
+    """The same entry in both formats: the same elements, in the same shape."""
     table = found[folder][0]
     ids = {name: i for i, name in enumerate(table.names)}
-    pairs = [name.removesuffix(".pdb") for name in table.names if name.endswith(".pdb")]
-    pairs = [name for name in pairs if f"{name}.cif" in ids]
-    assert len(pairs) >= {"alphafold": 2, "pairs_pdb_cif": 17, "proteins": 4}[folder]
-    for name in pairs:
-        assert atoms(table, ids[f"{name}.pdb"]) == atoms(table, ids[f"{name}.cif"]), name
+    pairs = [
+        (i, ids[f"{name[:-4]}.cif"]) for name, i in ids.items() if f"{name[:-4]}.cif" in ids and name[-4:] == ".pdb"
+    ]
+    assert len(pairs) == count
+    for pdb, cif in pairs:
+        (elements, shape), (others, other_shape) = content(table, pdb), content(table, cif)
+        assert elements == others, table.names[pdb]
+        if folder != "pairs_pdb_cif":  # those are two predictions for one sequence
+            torch.testing.assert_close(shape, other_shape, rtol=0, atol=2e-3, msg=table.names[pdb])
 
 
-def atoms(table: StructureTable, i: int) -> Counter[tuple[Any, ...]]:
-    own = slice(int(table.ptr[i]), int(table.ptr[i + 1]))
-    rows = zip(table.elements[own].tolist(), table.positions[own].tolist(), strict=True)
-    return Counter((element, *(round(x, 3) for x in position)) for element, position in rows)
+def content(table: StructureTable, i: int) -> tuple[Counter[int], Tensor]:
+    """How often each element occurs, and the sorted distances from the centre: 4hhb.pdb lies in an older frame."""
+    atoms = slice(int(table.ptr[i]), int(table.ptr[i + 1]))
+    x = table.positions[atoms].double()
+    return Counter(table.elements[atoms].tolist()), (x - x.mean(0)).norm(dim=1).sort().values
 
 
 def test_alphafold_counts_by_text(found: dict[str, Found], data_dir: Path) -> None:
@@ -117,12 +132,12 @@ def count_pdb(text: str) -> int:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_mmcif_counts_by_table(found: dict[str, Found], data_dir: Path, folder: str) -> None:
     """The same from the rows of the _atom_site table, without gemmi's hierarchy."""
-    gemmi = pytest.importorskip("gemmi")
     got = sizes(found[folder])
     checked = 0
     for path in sorted((data_dir / "structures" / folder).iterdir()):
         if ".cif" in path.suffixes and path.name in got:
-            assert got[path.name] == count_cif(gemmi.cif.read_string(text_of(path))), path.name
+            expected = count_cif(gemmi.cif.read_string(text_of(path))) - MIXED_SITES.get(path.name, 0)
+            assert got[path.name] == expected, path.name
             checked += 1
     assert checked >= 7
 

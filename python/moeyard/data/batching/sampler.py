@@ -49,10 +49,13 @@ class AtomBudgetBatchSampler(Sampler[list[int]]):
         oversize: str = "error",
     ) -> None:
         # No super().__init__(): some versions of torch take an argument there and some warn about it.
-        self.sizes = sizes if isinstance(sizes, Tensor) else torch.tensor(list(sizes), dtype=torch.int64)
-        self.max_atoms_per_batch = max_atoms_per_batch
+        # An empty list would become float32.
+        self.sizes = sizes if isinstance(sizes, Tensor) else torch.as_tensor(sizes or torch.zeros(0, dtype=torch.int64))
+        self.max_atoms_per_batch = _integer("max_atoms_per_batch", max_atoms_per_batch, 1)
+        if not isinstance(shuffle, bool):
+            raise TypeError(f"shuffle: expected True or False, got {type(shuffle).__name__}")
         self.shuffle = shuffle
-        self.seed = _natural("seed", seed)
+        self.seed = _integer("seed", seed, 0)
         self.lookahead = lookahead
         self.max_samples = max_samples
         self.oversize = oversize
@@ -63,7 +66,7 @@ class AtomBudgetBatchSampler(Sampler[list[int]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order of the next iteration; one that has begun goes on undisturbed."""
-        if _natural("epoch", epoch) != self.epoch:
+        if _integer("epoch", epoch, 0) != self.epoch:
             self.epoch = epoch
             self._plan = None
 
@@ -111,9 +114,9 @@ class AtomBudgetBatchSampler(Sampler[list[int]]):
         return torch.randperm(self.sizes.shape[0] if self.sizes.dim() else 0, generator=generator)
 
 
-def _natural(name: str, value: int) -> int:
+def _integer(name: str, value: int, minimum: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < 0:
-        raise ValueError(f"{name}: expected at least 0, got {value}")
+    if value < minimum:
+        raise ValueError(f"{name}: expected at least {minimum}, got {value}")
     return value

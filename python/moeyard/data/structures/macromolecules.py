@@ -110,7 +110,7 @@ def _heavy_atoms(model: Any) -> tuple[list[_Atom], dict[str, int]]:
 
 
 def _one_residue_per_site(atoms: list[_Atom]) -> list[_Atom]:
-    """Where a crystal holds a mixture of two residues at one site, keeps that with the higher mean occupancy.
+    """Where a crystal holds a mixture of two residues at one site, keeps the more occupied one.
 
     Only residues all of whose atoms are marked as alternates compete: ligands that merely share a number both stay.
     """
@@ -125,9 +125,14 @@ def _one_residue_per_site(atoms: list[_Atom]) -> list[_Atom]:
     for site, residues in alternates.items():
         rivals = {name: group for name, group in residues.items() if (site, name) not in fixed}
         if len(rivals) > 1:
-            best = max(rivals, key=lambda name: sum(atom.occupancy for atom in rivals[name]) / len(rivals[name]))
+            best = max(rivals, key=lambda name: _share(rivals[name]))
             dropped |= {(site, name) for name in rivals if name != best}
     return [atom for atom in atoms if (atom.site, atom.residue) not in dropped] if dropped else atoms
+
+
+def _share(residue: list[_Atom]) -> float:
+    """The occupancy of a residue: that of all its conformers together, as a mean over its atoms."""
+    return sum(atom.occupancy for atom in residue) / len({atom.name for atom in residue})
 
 
 def _one_location_each(atoms: list[_Atom]) -> list[_Atom]:

@@ -35,7 +35,7 @@ def read_structures(
     - Only the first model of an NMR ensemble is read.
     - Hydrogens, deuterium and waters are left out; ligands, ions and modified residues stay.
     - Alternate locations: exactly one per atom, the one with the highest occupancy (the first letter among equals).
-      Where a position holds two different residues, the one with the highest mean occupancy.
+      Where a site holds a mixture of different residues, only the most occupied residue.
     - Elements missing in a PDB file are inferred by gemmi from the atom names. A file with an element that stays
       unknown is skipped with a reason that names the atom.
     - The domain is "protein" or "nucleic acid" where at least two residues make a polymer (the more frequent kind
