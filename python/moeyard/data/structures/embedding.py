@@ -7,17 +7,17 @@ Distance Geometry and Experimental Torsional-Angle Preferences", J. Chem. Inf. M
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moeyard.data._optional import require
 
-T = TypeVar("T")
-R = TypeVar("R")
+#: Positions [m, 3] in angstrom and atomic numbers [m] of the heavy atoms.
+Coordinates = tuple[NDArray[np.float32], NDArray[np.uint8]]
 
 #: Attempts per way of starting; a molecule that has no coordinates after so many is reported, not tried for hours.
 MAX_ATTEMPTS = 20
@@ -27,7 +27,7 @@ class EmbeddingError(ValueError):
     """RDKit found no coordinates; the message says what stood in the way."""
 
 
-def embed(mol: Any, *, seed: int, random_start: bool = False) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+def embed(mol: Any, *, seed: int, random_start: bool = False) -> Coordinates:
     """Coordinates for an RDKit molecule: hydrogens are added for the embedding and taken out afterwards.
 
     Args:
@@ -63,7 +63,7 @@ def embed(mol: Any, *, seed: int, random_start: bool = False) -> tuple[NDArray[n
     raise EmbeddingError(f"ETKDGv3 found no coordinates in {MAX_ATTEMPTS} attempts ({causes})")
 
 
-def heavy_atoms(mol: Any) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+def heavy_atoms(mol: Any) -> Coordinates:
     """Positions [m, 3] and atomic numbers [m] of the atoms of a conformer that are no hydrogens."""
     elements = np.array([atom.GetAtomicNum() for atom in mol.GetAtoms()], dtype=np.uint8)
     heavy = elements != 1
@@ -71,19 +71,38 @@ def heavy_atoms(mol: Any) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     return np.ascontiguousarray(positions[heavy]), elements[heavy]
 
 
-def parallel_map(function: Callable[[T], R], items: Sequence[T], workers: int | None = None) -> Iterator[R]:
-    """`map`, by threads (RDKit works without the interpreter lock), results in order and independent of their number.
+def embed_all(
+    mols: Sequence[Any], *, seed: int, random_start: bool = False, workers: int | None = None
+) -> Generator[Coordinates | str, None, None]:
+    """`embed` for many, by threads (RDKit works without the interpreter lock): coordinates, or why there are none.
 
     Args:
+        mols: RDKit molecules; a string among them is a reason already, and comes back as it is.
+        seed, random_start: as for `embed`.
         workers: the number of threads; None for one per core that this process may use, at most 16.
+
+    Returns:
+        One result per molecule, in order, as they become ready; the same for any number of workers.
     """
+
+    def one(mol: Any) -> Coordinates | str:
+        if isinstance(mol, str):
+            return mol
+        try:
+            return embed(mol, seed=seed, random_start=random_start)
+        except EmbeddingError as error:
+            return str(error)
+
     count = workers or min(16, _cores())
-    with ThreadPoolExecutor(max(1, min(count, len(items) or 1))) as pool:
-        yield from pool.map(function, items)
+    with ThreadPoolExecutor(max(1, min(count, len(mols)))) as pool:
+        yield from pool.map(one, mols)
 
 
 def quiet_rdkit() -> Any:
-    """A context in which RDKit writes nothing to the terminal: what it has to say is in the reasons reported."""
+    """A context in which RDKit writes nothing to the terminal: what it has to say is in the reasons reported.
+
+    Parse in the thread that opened it and before `embed_all`: while another thread embeds, RDKit lifts the block.
+    """
     return _rdkit("rdkit.rdBase").BlockLogs()
 
 

@@ -6,12 +6,13 @@ SMILES, and the tests compare the two. `peptides.tsv` holds name, sequence and w
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from importlib import resources
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moeyard.data._optional import require
-from moeyard.data.structures.embedding import EmbeddingError, embed, parallel_map, quiet_rdkit
+from moeyard.data.structures.embedding import embed_all, quiet_rdkit
 from moeyard.data.structures.table import Progress, Skipped, Structure, StructureTable
 
 #: The domains of the embedded list, in the order of their ids.
@@ -69,37 +70,42 @@ def embed_molecules(
 
     Determinism: the same list, seed and RDKit version give the same coordinates for any number of workers.
     """
-    require("rdkit.Chem", extra="structures", purpose="embedding molecules")
-    items: list[Molecule | Peptide] = [*(molecule_list() if molecules is None else molecules)]
-    items += peptide_list() if peptides is None else peptides
+    small = molecule_list() if molecules is None else molecules
+    chains = peptide_list() if peptides is None else peptides
+    names = [item.name for item in small] + [chain.name for chain in chains]
+    domains = [item.domain for item in small] + ["peptide"] * len(chains)
     found: list[Structure] = []
     skipped: list[Skipped] = []
     with quiet_rdkit():
-        results = parallel_map(lambda item: _embed_one(item, seed), items, workers)
-        for done, (item, result) in enumerate(zip(items, results, strict=True), start=1):
-            if isinstance(result, Structure):
-                found.append(result)
+        mols = [_from_smiles(item.smiles) for item in small], [_from_sequence(chain.sequence) for chain in chains]
+        results = itertools.chain(
+            embed_all(mols[0], seed=seed, workers=workers),
+            # Only random starts lead long chains anywhere.
+            embed_all(mols[1], seed=seed, workers=workers, random_start=True),
+        )
+        for done, (name, domain, result) in enumerate(zip(names, domains, results, strict=True), start=1):
+            if isinstance(result, str):
+                skipped.append(Skipped(name, result))
             else:
-                skipped.append(Skipped(item.name, result))
+                found.append(Structure(name, domain, *result))
             if progress is not None:
-                progress(done, len(items), item.name)
+                progress(done, len(names), name)
     return StructureTable.from_structures(found, DOMAINS), skipped
 
 
-def _embed_one(item: Molecule | Peptide, seed: int) -> Structure | str:
-    """The structure, or the reason why there is none."""
-    chem = require("rdkit.Chem", extra="structures", purpose="embedding molecules")
-    chain = isinstance(item, Peptide)
-    mol = chem.MolFromSequence(item.sequence) if isinstance(item, Peptide) else chem.MolFromSmiles(item.smiles)
-    if mol is None or mol.GetNumAtoms() == 0:
-        what = f"sequence {item.sequence!r}" if isinstance(item, Peptide) else f"SMILES {item.smiles!r}"
-        return f"RDKit cannot read the {what}"
-    try:
-        positions, elements = embed(mol, seed=seed, random_start=chain)
-    except EmbeddingError as error:
-        return str(error)
-    domain = "peptide" if isinstance(item, Peptide) else item.domain
-    return Structure(item.name, domain, positions, elements)
+def _from_smiles(smiles: str) -> Any:
+    """The molecule, or the reason why there is none."""
+    return _chem().MolFromSmiles(smiles) or f"RDKit cannot read the SMILES {smiles!r}"
+
+
+def _from_sequence(sequence: str) -> Any:
+    """The chain of L-amino acids, or the reason why there is none."""
+    mol = _chem().MolFromSequence(sequence)
+    return mol if mol is not None and mol.GetNumAtoms() else f"RDKit cannot read the sequence {sequence!r}"
+
+
+def _chem() -> Any:
+    return require("rdkit.Chem", extra="structures", purpose="embedding molecules")
 
 
 def _rows(file: str) -> list[list[str]]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from moeyard.data._optional import require
-from moeyard.data.structures.embedding import EmbeddingError, embed, heavy_atoms, parallel_map, quiet_rdkit
+from moeyard.data.structures.embedding import Coordinates, embed_all, heavy_atoms, quiet_rdkit
 from moeyard.data.structures.table import Skipped, Structure
 
 DOMAIN = "molecule"
@@ -32,11 +32,15 @@ def read_sdf(
     labels = [name if len(records) == 1 else f"{name}#{i}" for i in range(1, len(records) + 1)]
     found: list[Structure | Skipped] = []
     with quiet_rdkit():
-        results = parallel_map(lambda record: _read_record(record, embed_2d, seed), records)
-        for label, result in zip(labels, results, strict=True):
-            found.append(Skipped(label, result) if isinstance(result, str) else result._replace(name=label))
+        parsed = [_parse(record, embed_2d) for record in records]
+        drawings = [item for item in parsed if not isinstance(item, (str, tuple))]
+        embedded = embed_all(drawings, seed=seed)
+        for label, item in zip(labels, parsed, strict=True):
+            result = item if isinstance(item, (str, tuple)) else _of_drawing(next(embedded))
+            found.append(Skipped(label, result) if isinstance(result, str) else Structure(label, DOMAIN, *result))
             if tick is not None:
                 tick(label)
+        embedded.close()
     return found
 
 
@@ -53,8 +57,8 @@ def _records(text: str) -> list[str]:
     return [*records, "".join(lines)] if any(line.strip() for line in lines) else records
 
 
-def _read_record(record: str, embed_2d: bool, seed: int) -> Structure | str:
-    """The structure (without a name yet), or the reason why there is none."""
+def _parse(record: str, embed_2d: bool) -> Any:
+    """Coordinates, the reason why there are none, or an RDKit molecule that has yet to be embedded."""
     chem = require("rdkit.Chem", extra="structures", purpose="reading SDF files")
     # A valence that RDKit finds odd does not matter for coordinates: sanitizing waits until an embedding needs it.
     mol = chem.MolFromMolBlock(record, sanitize=False, removeHs=False)
@@ -69,21 +73,15 @@ def _read_record(record: str, embed_2d: bool, seed: int) -> Structure | str:
     if not np.isfinite(coordinates).all():
         return "a coordinate is not finite"
     if not (coordinates[:, 2] == 0).all():
-        return Structure("", DOMAIN, *heavy_atoms(mol))
+        return heavy_atoms(mol)
     if not embed_2d:
         return "2-D: all z coordinates are 0, and embed_2d is off"
-    return _embed_drawing(chem, mol, record, seed)
-
-
-def _embed_drawing(chem: Any, raw: Any, record: str, seed: int) -> Structure | str:
     # Read once more, this time in full: stereo centres and double bonds come from the drawing.
-    mol = chem.MolFromMolBlock(record)
-    if mol is None:
-        return f"2-D, and not to be embedded: {_sanitizing_error(chem, raw)}"
-    try:
-        return Structure("", DOMAIN, *embed(mol, seed=seed))
-    except EmbeddingError as error:
-        return f"2-D, and not to be embedded: {error}"
+    return chem.MolFromMolBlock(record) or _of_drawing(_sanitizing_error(chem, mol))
+
+
+def _of_drawing(result: Coordinates | str) -> Coordinates | str:
+    return f"2-D, and not to be embedded: {result}" if isinstance(result, str) else result
 
 
 def _sanitizing_error(chem: Any, raw: Any) -> str:
