@@ -4,6 +4,7 @@ Importing it loads torch and the native modules, nothing else; it never touches 
 """
 
 from moeyard.ops import (
+    Gating,
     Packing,
     PermutationPlan,
     Segments,
@@ -12,12 +13,14 @@ from moeyard.ops import (
     pack_batches,
     permute_tokens,
     plan_permutation,
+    topk_gating,
     unpermute_tokens,
 )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Gating",
     "Packing",
     "PermutationPlan",
     "Segments",
@@ -26,5 +29,6 @@ __all__ = [
     "pack_batches",
     "permute_tokens",
     "plan_permutation",
+    "topk_gating",
     "unpermute_tokens",
 ]

@@ -145,10 +145,15 @@ class OpContract:
 
     @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
     def test_compile(self, backend: str) -> None:
-        """One graph, static and dynamic shapes, values and gradients equal to eager."""
+        """One graph, static and dynamic shapes, values and gradients equal to eager.
+
+        Without torch's caches on disk: they do not know when an op's schema or code has changed.
+        """
         torch._dynamo.reset()
         dtype = self.grad_dtype() if self.differentiable else self.main_dtype()
-        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
+        no_caches = torch.compiler.config.patch(force_disable_caches=True)
+        dynamic = torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True)
+        with no_caches, dynamic:
             compiled = torch.compile(self.function, fullgraph=True, backend=backend)
             for seed in (0, 1):
                 inputs = self.inputs(dtype, seed=seed)

@@ -5,8 +5,10 @@ from moeyard.ops.identity import identity
 from moeyard.ops.pack_batches import Packing, pack_batches
 from moeyard.ops.permute_tokens import permute_tokens, unpermute_tokens
 from moeyard.ops.plan_permutation import PermutationPlan, plan_permutation
+from moeyard.ops.topk_gating import Gating, topk_gating
 
 __all__ = [
+    "Gating",
     "Packing",
     "PermutationPlan",
     "Segments",
@@ -15,5 +17,6 @@ __all__ = [
     "pack_batches",
     "permute_tokens",
     "plan_permutation",
+    "topk_gating",
     "unpermute_tokens",
 ]
