@@ -25,6 +25,9 @@ def read_sdf(
         embed_2d: give records without a third dimension 3-D coordinates; False skips them.
         seed: of the embedding.
         tick: called with the label of each record that is done.
+
+    Returns:
+        For each record its structure (positions in angstrom), or its label and the reason why there is none.
     """
     records = _records(text)
     if not records:
