@@ -1,0 +1,13 @@
+"""Batching: which structures make a batch (`pack_batches`) and how they become one (`gather_segments`)."""
+
+from moeyard.data.batching.collate import StructureBatch, collate
+from moeyard.data.batching.dataset import StructureDataset, structure_loader
+from moeyard.data.batching.sampler import AtomBudgetBatchSampler
+
+__all__ = [
+    "AtomBudgetBatchSampler",
+    "StructureBatch",
+    "StructureDataset",
+    "collate",
+    "structure_loader",
+]
