@@ -16,7 +16,6 @@ import torch
 pytest.importorskip("lightning", reason="needs moeyard[train]")
 
 from moeyard.data.batching import collate
-
 from moeyard.models import StructureEncoderConfig
 from moeyard.train.callbacks import CollapseAlarm, MetricsWriter, PlainProgress, StopOnInterrupt, read_metrics
 from moeyard.train.loading import RepeatedEpochs
