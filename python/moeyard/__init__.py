@@ -3,10 +3,14 @@
 Importing it loads torch and the native modules, nothing else; it never touches a GPU.
 """
 
-from moeyard.ops import identity
+from moeyard.ops import RadiusGraph, identity, knn_graph, radius, radius_graph
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "RadiusGraph",
     "identity",
+    "knn_graph",
+    "radius",
+    "radius_graph",
 ]
