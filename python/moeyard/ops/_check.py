@@ -42,7 +42,9 @@ def shape(name: str, value: Tensor, expected: Sequence[int | str]) -> None:
 def same_device(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
     for name, value in others.items():
         if value is not None and value.device != reference.device:
-            raise ValueError(f"{name}: expected device {reference.device} (that of {reference_name}), got {value.device}")
+            raise ValueError(
+                f"{name}: expected device {reference.device} (that of {reference_name}), got {value.device}"
+            )
 
 
 def integer(name: str, value: Any, *, minimum: int | None = None, optional: bool = False) -> None:

@@ -207,9 +207,7 @@ def knn_graph(
     )  # fmt: skip
 
 
-def _check_common(
-    pos: Any, pos_name: str, batch: Any, batch_name: str, ptr: Any, ptr_name: str
-) -> None:
+def _check_common(pos: Any, pos_name: str, batch: Any, batch_name: str, ptr: Any, ptr_name: str) -> None:
     _check.tensor(pos_name, pos)
     _check.tensor(batch_name, batch, optional=True)
     _check.tensor(ptr_name, ptr, optional=True)
