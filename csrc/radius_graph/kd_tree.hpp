@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <limits>
 #include <numeric>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -112,20 +113,31 @@ class KdTree {
 template <class T>
 using Ranked = std::pair<T, int32_t>;
 
-/// The k nearest points of one centre. `reach(gap2)` bounds from below the squared distance `exact(id)` of points whose
-/// gap is at least gap2; the free case is the identity, a periodic one subtracts the rounding of wrapped coordinates.
+/// The k nearest points of one centre with exact squared distance below `limit`. `reach(gap2)` bounds from below the
+/// squared distance `exact(id)` of points whose gap is at least gap2; the free case is the identity, a periodic one
+/// subtracts the rounding of wrapped coordinates.
 template <class T, class Reach, class Exact>
 class NearestQuery {
  public:
-  NearestQuery(const KdTree<T>& tree, const T* centre, int32_t self, int64_t k, const Reach& reach, const Exact& exact,
-               std::vector<Ranked<T>>& heap)
-      : tree_(tree), at_(box_of(centre)), self_(self), k_(size_t(k)), reach_(reach), exact_(exact), heap_(heap) {
+  NearestQuery(const KdTree<T>& tree, const T* centre, int32_t self, int64_t k, std::optional<T> limit,
+               const Reach& reach, const Exact& exact, std::vector<Ranked<T>>& heap)
+      : tree_(tree),
+        at_(box_of(centre)),
+        self_(self),
+        k_(size_t(k)),
+        limit_(limit),
+        reach_(reach),
+        exact_(exact),
+        heap_(heap) {
     heap_.clear();
     if (!tree.empty()) visit(0);
   }
 
  private:
-  bool useful(T gap, int32_t id) const { return heap_.size() < k_ || Ranked<T>{reach_(gap), id} < heap_.front(); }
+  bool useful(T gap, int32_t id) const { return useful(Ranked<T>{reach_(gap), id}); }
+  bool useful(const Ranked<T>& point) const {
+    return (!limit_ || point.first < *limit_) && (heap_.size() < k_ || point < heap_.front());
+  }
 
   void visit(int32_t index) {
     const auto& n = tree_.node(index);
@@ -144,8 +156,8 @@ class NearestQuery {
       const Vec3<T> d{p.x[size_t(k)] - at_.low[0], p.y[size_t(k)] - at_.low[1], p.z[size_t(k)] - at_.low[2]};
       if (id == self_ || !useful(squared_norm(d), id)) continue;
       const Ranked<T> found{exact_(id), id};
+      if (!useful(found)) continue;
       if (heap_.size() == k_) {
-        if (!(found < heap_.front())) continue;
         std::pop_heap(heap_.begin(), heap_.end());
         heap_.pop_back();
       }
@@ -158,6 +170,7 @@ class NearestQuery {
   const Box<T> at_;
   const int32_t self_;
   const size_t k_;
+  const std::optional<T> limit_;
   const Reach& reach_;
   const Exact& exact_;
   std::vector<Ranked<T>>& heap_;

@@ -55,7 +55,7 @@ class GraphSearch {
     centres_ = {call_.pairs.centres + 3 * graph_.centre_begin, graph_.centre_end - graph_.centre_begin};
     if (cell_ && lattice_.any()) return run_periodic(worker, threads);
     if (call_.options.k > 0) {
-      nearest(threads, [](T gap) { return gap; }, std::nullopt);
+      nearest(threads, std::nullopt);
     } else {
       within(worker, std::sqrt(double(call_.r2)) + underflow_length<T>(), call_.r2, threads);
     }
@@ -90,6 +90,7 @@ class GraphSearch {
     const Bins<T> bins = grid.bin(points_);
     const Bins<T> others = own_structure() ? Bins<T>{} : grid.bin(centres_);
     const Bins<T>& homes = own_structure() ? bins : others;
+    if (crowded(bins)) return nearest_within(KdTree<T>(points_), threads);
     parallel_for(grid.cells(), grid.cells() / kPieces, threads, [&](int64_t begin, int64_t end) {
       Worker<T> worker(call_.store);
       for (int64_t cell = begin; cell < end; ++cell) {
@@ -103,6 +104,7 @@ class GraphSearch {
 
   void by_tree(int threads) {
     const KdTree<T> tree(points_);
+    if (call_.options.max_neighbors > 0) return nearest_within(tree, threads);
     const KdTree<T> others(own_structure() ? View<T>{nullptr, 0} : centres_);
     const KdTree<T>& homes = own_structure() ? tree : others;
     const auto leaves = int64_t(homes.leaves().size());
@@ -118,6 +120,17 @@ class GraphSearch {
         }
       }
     });
+  }
+
+  // Whether a centre meets so many more points than it may keep that finding the nearest in a tree costs less.
+  bool crowded(const Bins<T>& bins) const {
+    if (call_.options.max_neighbors < 1) return false;
+    double squares = 0;
+    for (size_t cell = 0; cell + 1 < bins.start.size(); ++cell) {
+      const double count = bins.start[cell + 1] - bins.start[cell];
+      squares += count * count;
+    }
+    return squares > (8.0 * double(call_.options.max_neighbors) + 64) * double(bins.points.n);
   }
 
   bool own_structure() const { return same() && !wrapped_; }
@@ -189,30 +202,62 @@ class GraphSearch {
     }
   }
 
-  // ---- the k nearest ---------------------------------------------------------------------------------------------
+  // ---- the nearest of each centre --------------------------------------------------------------------------------
 
-  // Centres that find k neighbours no further than `sure` are done; without `sure` every centre is.
-  template <class Reach>
-  void nearest(int threads, const Reach& reach, std::optional<T> sure) {
-    const KdTree<T> tree(points_);
+  // What a gap between image coordinates says about exact distances: nothing is lost in free space.
+  T reach(T gap) const {
+    if (!wrapped_) return gap;
+    const double least = std::max(0.0, std::sqrt(double(gap)) * (1 - 1e-5) - images_.slack);
+    return T(least * least * (1 - 1e-6));
+  }
+
+  // Calls finish(worker, i) for every open centre with its `count` nearest in worker.ranked, a heap.
+  template <class Finish>
+  void for_each_nearest(const KdTree<T>& tree, int64_t count, std::optional<T> limit, int threads, Finish&& finish) {
+    const auto reach_of = [this](T gap) { return reach(gap); };
     parallel_for(centres_.n, std::max<int64_t>(centres_.n / kPieces, 64), threads, [&](int64_t begin, int64_t end) {
       Worker<T> worker(call_.store);
       for (int64_t i = begin; i < end; ++i) {
         if (!open_.empty() && !open_[size_t(i)]) continue;
-        const auto exact_of_id = [&](int32_t id) { return exact(i, id); };
-        auto& heap = worker.ranked;
-        NearestQuery<T, Reach, decltype(exact_of_id)>(tree, centres_.xyz + 3 * i, self(i), call_.options.k, reach,
-                                                      exact_of_id, heap);
-        if (sure && (int64_t(heap.size()) < call_.options.k || !(heap.front().first <= *sure))) continue;
-        if (!heap.empty() && !std::isfinite(heap.front().first))
-          fail_value("pos: expected points whose squared distances are finite in their dtype, got too distant ones ",
-                     "among the nearest of row ", graph_.centre_begin + i);
-        worker.ids.clear();
-        for (const auto& found : heap) worker.ids.push_back(found.second);
-        std::sort(worker.ids.begin(), worker.ids.end());
-        commit(worker, i, int64_t(worker.ids.size()));
-        if (!open_.empty()) open_[size_t(i)] = 0;
+        const auto exact_of = [&](int32_t id) { return exact(i, id); };
+        NearestQuery<T, decltype(reach_of), decltype(exact_of)>(tree, centres_.xyz + 3 * i, self(i), count, limit,
+                                                                reach_of, exact_of, worker.ranked);
+        finish(worker, i);
       }
+    });
+  }
+
+  void commit_ranked(Worker<T>& worker, int64_t i) {
+    worker.ids.clear();
+    for (const auto& found : worker.ranked) worker.ids.push_back(found.second);
+    std::sort(worker.ids.begin(), worker.ids.end());
+    commit(worker, i, int64_t(worker.ids.size()));
+  }
+
+  // A cap on crowded neighbourhoods: asking for one more than the cap tells whether there are more.
+  void nearest_within(const KdTree<T>& tree, int threads) {
+    const int64_t cap = call_.options.max_neighbors;
+    for_each_nearest(tree, std::min(cap, points_.n) + 1, call_.r2, threads, [&](Worker<T>& worker, int64_t i) {
+      if (int64_t(worker.ranked.size()) > cap) {
+        std::pop_heap(worker.ranked.begin(), worker.ranked.end());
+        worker.ranked.pop_back();
+        call_.truncated.fetch_add(1, std::memory_order_relaxed);
+      }
+      commit_ranked(worker, i);
+    });
+  }
+
+  // Centres that find k neighbours no further than `sure` are done; without `sure` every centre is.
+  void nearest(int threads, std::optional<T> sure) {
+    const int64_t k = call_.options.k;
+    for_each_nearest(KdTree<T>(points_), k, std::nullopt, threads, [&](Worker<T>& worker, int64_t i) {
+      const auto& heap = worker.ranked;
+      if (sure && (int64_t(heap.size()) < k || !(heap.front().first <= *sure))) return;
+      if (!heap.empty() && !std::isfinite(heap.front().first))
+        fail_value("pos: expected points whose squared distances are finite in their dtype, got too distant ones ",
+                   "among the nearest of row ", graph_.centre_begin + i);
+      commit_ranked(worker, i);
+      if (!open_.empty()) open_[size_t(i)] = 0;
     });
   }
 
@@ -235,16 +280,9 @@ class GraphSearch {
     open_.assign(size_t(centres_.n), 1);
     for (;; radius = std::min(2 * radius, bound)) {
       use_images(radius);
-      const double slack = images_.slack;
       // The bound is a matter of mathematics; the edge test's own rounding comes on top.
       const T sure = T(radius >= bound ? std::numeric_limits<T>::infinity() : radius * radius);
-      nearest(
-          threads,
-          [slack](T gap) {
-            const double least = std::max(0.0, std::sqrt(double(gap)) * (1 - 1e-5) - slack);
-            return T(least * least * (1 - 1e-6));
-          },
-          sure);
+      nearest(threads, sure);
       if (std::find(open_.begin(), open_.end(), 1) == open_.end()) return;
     }
   }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def skew_cell(side: float, dtype: torch.dtype) -> Tensor:
 class RadiusContract(OpContract):
     dtypes = (torch.float32, torch.float64)
     double_backward = True
-    tolerance = {torch.float32: (1e-6, 1e-6), torch.float64: (1e-14, 1e-14)}
+    tolerance: ClassVar = {torch.float32: (1e-6, 1e-6), torch.float64: (1e-14, 1e-14)}
 
 
 class TestRadiusGraph(RadiusContract):
@@ -119,7 +119,7 @@ class TestKnnGraphPeriodic(TestKnnGraph):
         return [{"pos": torch.empty(0, 3), "k": 2, "cell": torch.eye(3)}]
 
 
-# ---- tables ------------------------------------------------------------------------------------------------------------
+# ---- tables ---------------------------------------------------------------------------------------------------------
 
 LINE = [[0.0, 0, 0], [1, 0, 0], [3, 0, 0], [3, 0, 0]]
 

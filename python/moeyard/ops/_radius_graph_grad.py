@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moeyard import _native
 from moeyard.ops import _check
@@ -39,7 +38,7 @@ def save(ctx: Any, args: tuple[Any, ...], out: tuple[Tensor, ...]) -> None:
     ctx.rest = (
         pos.shape[0],
         None if centres is None else centres.shape[0],
-        list(cell.shape) if cell is not None and cell.requires_grad else None,
+        list(cell.shape) if ctx.needs_input_grad[8] else None,
         centre_is_source,
     )
     no_gradient = [edge_index, cell_shift, num_neighbors, truncated, num_edges, overflow]
@@ -59,49 +58,64 @@ def input_gradients(ctx: Any, grad_distance: Tensor | None, grad_vector: Tensor 
     return tuple(grads)
 
 
-# ---- implementations ----------------------------------------------------------------------------------------------------
+# ---- implementations ------------------------------------------------------------------------------------------------
 
 
 class _Edges:
-    """Contiguous copies of an edge list, and the native structs that point into them."""
+    """An edge list's native structs, and the contiguous copies that they point into. Arguments as in the schema."""
 
     def __init__(
-        self, grad_distance: Tensor | None, grad_vector: Tensor | None, edge_index: Tensor, distance: Tensor,
-        vector: Tensor, cell_shift: Tensor, num_edges: Tensor, batch: Tensor | None, ptr: Tensor | None,
-        num_points: int, num_centres: int | None, centre_is_source: bool,
-    ) -> None:  # fmt: skip
+        self,
+        grad_distance: Tensor | None,
+        grad_vector: Tensor | None,
+        edge_index: Tensor,
+        distance: Tensor,
+        vector: Tensor,
+        cell_shift: Tensor,
+        num_edges: Tensor,
+        batch: Tensor | None,
+        ptr: Tensor | None,
+        num_points: int,
+        num_centres: int | None,
+        cell_shape: list[int] | None,
+        centre_is_source: bool,
+    ) -> None:
         self.kept: list[Tensor] = []
-        m, count = distance.shape[0], num_points if num_centres is None else num_centres
+        m = distance.shape[0]
         _check.shape("distance", distance, ["M"])
         _check.dtype("distance", distance, [torch.float32, torch.float64])
-        _check.shape("edge_index", edge_index, [2, m])
-        _check.dtype("edge_index", edge_index, [torch.int64])
-        for name, value, shape in (("grad_distance", grad_distance, [m]), ("grad_vector", grad_vector, [m, 3])):
+        float_dtype, shift_rows = distance.dtype, 0 if cell_shape is None else m
+        for name, value, dtype, shape in (
+            ("grad_distance", grad_distance, float_dtype, [m]),
+            ("grad_vector", grad_vector, float_dtype, [m, 3]),
+            ("edge_index", edge_index, torch.int64, [2, m]),
+            ("vector", vector, float_dtype, [m, 3]),
+            ("cell_shift", cell_shift if shift_rows else None, torch.int32, [m, 3]),
+            ("num_edges", num_edges, torch.int64, []),
+        ):
             if value is not None:
+                _check.dtype(name, value, [dtype])
                 _check.shape(name, value, shape)
-                _check.dtype(name, value, [distance.dtype])
-        _check.shape("vector", vector, [m, 3])
         rows = self.address(edge_index)
         centre, neighbour = (rows, rows + 8 * m) if centre_is_source else (rows + 8 * m, rows)
         self.edges = _native.cpu.RadiusEdges(
             m, self.address(num_edges), centre, neighbour, self.address(distance), self.address(vector),
             self.address(cell_shift), self.address(grad_distance), self.address(grad_vector),
         )  # fmt: skip
+        self.count = num_points if num_centres is None else num_centres
         batch = None if batch is None else batch.to(torch.int64)
         ptr = None if ptr is None else ptr.to(torch.int64)
         graphs = 0 if ptr is None else ptr.shape[0] - 1
-        self.centres = _native.cpu.PointSet(0, count, self.address(batch), self.address(ptr), graphs)
-        self.count, self.code = count, DTYPE_CODE[distance.dtype]
+        self.centres = _native.cpu.PointSet(0, self.count, self.address(batch), self.address(ptr), graphs)
+        self.num_points, self.code = num_points, DTYPE_CODE[distance.dtype]
+        self.two_sets, self.has_cell = num_centres is not None, cell_shape is not None
+        self.num_cells = cell_shape[0] if cell_shape is not None and len(cell_shape) == 3 else -1
 
     def address(self, value: Tensor | None) -> int:
         if value is None:
             return 0
         self.kept.append(value.contiguous())
         return self.kept[-1].data_ptr()
-
-
-def _num_cells(cell_shape: list[int] | None) -> int:
-    return cell_shape[0] if cell_shape is not None and len(cell_shape) == 3 else -1
 
 
 def _point_gradients(
@@ -115,14 +129,11 @@ def _point_gradients(
 
 
 def _backward_cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *edge_args, cell_shape, centre_is_source = args
-    e = _Edges(*edge_args, centre_is_source)
-    num_points, num_centres = edge_args[-2:]
-    points, centres, cell = _point_gradients(edge_args[3], num_points, num_centres, cell_shape)
+    e = _Edges(*args)
+    points, centres, cell = _backward_fake(*args)
     _native.cpu.radius_graph_backward(
-        e.code, e.edges, num_points, e.centres, _num_cells(cell_shape), points.data_ptr(),
-        0 if num_centres is None else centres.data_ptr(), 0 if cell_shape is None else cell.data_ptr(),
-        torch.get_num_threads(),
+        e.code, e.edges, e.num_points, e.centres, e.num_cells, points.data_ptr(),
+        centres.data_ptr() if e.two_sets else 0, cell.data_ptr() if e.has_cell else 0, torch.get_num_threads(),
     )  # fmt: skip
     return points, centres, cell
 
@@ -132,27 +143,24 @@ def _backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _double_cpu(gg_points: Tensor, gg_centres: Tensor, gg_cell: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *edge_args, cell_shape, centre_is_source = args
-    e = _Edges(*edge_args, centre_is_source)
-    num_points, num_centres = edge_args[-2:]
-    expected = _point_gradients(edge_args[3].new_empty(0), num_points, num_centres, cell_shape)
+    e = _Edges(*args)
     incoming = (("gg_points", gg_points), ("gg_centres", gg_centres), ("gg_cell", gg_cell))
-    for (name, value), want in zip(incoming, expected, strict=True):
-        _check.shape(name, value, list(want.shape))
+    for (name, value), want in zip(incoming, _backward_fake(*args), strict=True):
         _check.dtype(name, value, [want.dtype])
-    out = _double_fake(gg_points, gg_centres, gg_cell, *args)
+        _check.shape(name, value, list(want.shape))
+    to_grad_distance, to_grad_vector, to_distance, to_vector = out = _double_fake(gg_points, gg_centres, gg_cell, *args)
     _native.cpu.radius_graph_double_backward(
-        e.code, e.edges, num_points, e.centres, _num_cells(cell_shape), e.address(gg_points),
-        0 if num_centres is None else e.address(gg_centres), 0 if cell_shape is None else e.address(gg_cell),
-        *(o.data_ptr() for o in out), torch.get_num_threads(),
+        e.code, e.edges, e.num_points, e.centres, e.num_cells, e.address(gg_points),
+        e.address(gg_centres) if e.two_sets else 0, e.address(gg_cell) if e.has_cell else 0,
+        to_grad_distance.data_ptr(), to_grad_vector.data_ptr(), to_distance.data_ptr(), to_vector.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
 def _double_fake(gg_points: Tensor, gg_centres: Tensor, gg_cell: Tensor, *args: Any) -> tuple[Tensor, ...]:
     distance, vector = args[3:5]
-    contiguous = torch.contiguous_format
-    return tuple(torch.empty_like(t, memory_format=contiguous) for t in (distance, vector, distance, vector))
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (distance, vector) * 2)
 
 
 class _BackwardFunction(torch.autograd.Function):
@@ -164,7 +172,6 @@ class _BackwardFunction(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gg: Tensor) -> tuple[Tensor | None, ...]:
         to_grad_distance, to_grad_vector, to_distance, to_vector = _double_backward(*gg, *ctx.saved_tensors, *ctx.rest)
         none_given = ctx.saved_tensors[0] is None, ctx.saved_tensors[1] is None
@@ -173,6 +180,20 @@ class _BackwardFunction(torch.autograd.Function):
         grads[1] = None if none_given[1] else to_grad_vector
         grads[3], grads[4] = to_distance, to_vector
         return tuple(grads)
+
+
+class _NoThirdDerivative(torch.autograd.Function):
+    """Stays in the graph and raises. `once_differentiable` would not do: its error hangs on a leaf of its own, which
+    `torch.autograd.grad(..., inputs)` never visits, and the derivative would silently lack a term."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        out: tuple[Tensor, ...] = _double_backward.below(*args)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError("radius_graph: third derivatives are not implemented")
 
 
 _backward = register(
@@ -186,4 +207,5 @@ _double_backward = register(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     cpu=_double_cpu,
     fake=_double_fake,
+    autograd=_NoThirdDerivative,
 )

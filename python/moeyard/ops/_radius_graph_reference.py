@@ -32,12 +32,11 @@ def radius_graph_reference(
             nearest, cut = _nearest(i, d2, max_num_neighbors)
             truncated += cut
             if symmetric:
-                kept = {(a, b, *c) for a, b, c in zip(i[nearest].tolist(), j[nearest].tolist(), s[nearest].tolist())}
-                both = [
-                    (a, b, *c) in kept or (b, a, *(-n for n in c)) in kept
-                    for a, b, c in zip(i.tolist(), j.tolist(), s.tolist())
-                ]
-                nearest = torch.tensor(both, dtype=torch.bool)
+                edges = torch.cat([i[:, None], j[:, None], s], 1)
+                kept = {tuple(e) for e in edges[nearest].tolist()}
+                mirrored = torch.cat([j[:, None], i[:, None], -s], 1)
+                other = [tuple(e) in kept for e in mirrored.tolist()]
+                nearest |= torch.tensor(other, dtype=torch.bool)
             i, j, s = i[nearest], j[nearest], s[nearest]
         found.append((i, j, s))
     return _assemble(pos, pos, found, truncated, cell, graphs, flow != "source_to_target", geometry, max_edges, r)
@@ -73,7 +72,7 @@ def knn_graph_reference(
     found = []
     for rows, _, box in _each_graph(graphs, graphs, cell, pbc):
         # Along one periodic vector alone there are k images within (k / 2 + 1) lengths.
-        lengths = [] if box is None else [float(v.norm()) for v, p in zip(box[0].double(), box[1].tolist()) if p]
+        lengths = [] if box is None else box[0].double()[box[1]].norm(dim=1).tolist()
         i, j, s, d2 = _pairs(pos, pos, rows, rows, (k / 2 + 1) * min(lengths, default=0.0), box, same=True)
         if not loop:
             other = (i != j) | (s != 0).any(1)
@@ -140,7 +139,7 @@ def _pairs(
 
 
 def _vectors(x: Tensor, y: Tensor, i: Tensor, j: Tensor, s: Tensor, cell: Tensor | None, same: bool) -> Tensor:
-    """From centre i to point j; within one set from the smaller index to the larger, mirrored for the other direction."""
+    """From centre i to point j; within one set from the smaller index to the larger, else mirrored."""
     swap = ((i > j) | ((i == j) & _negative(s))) if same else torch.zeros_like(i, dtype=torch.bool)
     one = torch.where(swap[:, None], x[i] if same else x[j], x[j])
     other = torch.where(swap[:, None], x[j], y[i])

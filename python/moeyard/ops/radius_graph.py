@@ -2,8 +2,9 @@
 
     edge i <- j with shift s   when   |v| < r,   v = pos[j] + s @ cell - pos[i]
 
-The test is `(vx*vx + vy*vy) + vz*vz < r*r` in the dtype of the coordinates, differences first, no fused multiply-add and
-no shift of the origin, so that every device finds the same edges.
+The test is `(vx*vx + vy*vy) + vz*vz < r*r` in the dtype of the coordinates, differences first, no fused multiply-add
+and no shift of the origin, so that every device finds the same edges. Of a periodic pair the difference is taken from
+the smaller index to the larger and mirrored, so that an edge and its reverse always come together.
 
 Shape letters: N points, K centres of `radius`, M edges, G graphs.
 """
@@ -84,7 +85,7 @@ def radius_graph(
         flow: "source_to_target" makes the centre the target (`edge_index[1]`), "target_to_source" the source.
         cell: [3, 3], or [G, 3, 3] by graph id, cell vectors as rows, in the dtype of `pos`. Points may lie outside.
         pbc: [3] or [G, 3] bool, the periodic axes; None with a cell: all three. Other axes' vectors are ignored.
-        half: one direction per pair: centre < neighbour, or the lexicographically positive shift of a point's own image.
+        half: one direction per pair: centre < neighbour, or the lexicographically positive shift of an own image.
         geometry: False leaves `distance` and `vector` empty.
         max_edges: fixed M. Edges beyond it are left out (`overflow`), unused ones are 0 -> 0 with vector 0 and distance
             r; their gradient is zero.
@@ -98,13 +99,13 @@ def radius_graph(
             or cells, singular cells, r not in (0, inf) or with a square that the dtype cannot hold, `half` with
             `max_num_neighbors`, `pbc` without `cell`.
 
-    Determinism: bit-identical for any thread count and SIMD level. Autocast: `pos` keeps its dtype. Gradient: `distance`
-    and `vector` to `pos` and `cell`, twice; the distance of coincident points has gradient 0.
+    Determinism: bit-identical for any thread count and SIMD level. Autocast: `pos` keeps its dtype. Gradient:
+    `distance` and `vector` to `pos` and `cell`, twice; the distance of coincident points has gradient 0.
 
     Source: cell lists (Hockney and Eastwood 1981; Allen and Tildesley 1987) and k-d trees (Bentley 1975).
     """
     _check_common(pos, "pos", batch, "batch", ptr, "ptr")
-    _check.number("r", r)
+    r = _cutoff(r)
     _check.integer("max_num_neighbors", max_num_neighbors, minimum=1, optional=True)
     for name, value in (("symmetric", symmetric), ("loop", loop), ("half", half)):
         _check.flag(name, value)
@@ -151,7 +152,7 @@ def radius(
     """
     _check_common(x, "x", batch_x, "batch_x", ptr_x, "ptr_x")
     _check_common(y, "y", batch_y, "batch_y", ptr_y, "ptr_y")
-    _check.number("r", r)
+    r = _cutoff(r)
     _check.integer("max_num_neighbors", max_num_neighbors, minimum=1, optional=True)
     _check_output(cell, pbc, geometry, max_edges)
     return RadiusGraph(
@@ -213,6 +214,13 @@ def _check_common(pos: Any, pos_name: str, batch: Any, batch_name: str, ptr: Any
     _check.tensor(ptr_name, ptr, optional=True)
 
 
+def _cutoff(r: Any) -> float:
+    _check.number("r", r)
+    if isinstance(r, int) and abs(r) > 2**1023:
+        raise ValueError("r: expected a finite distance, got an int beyond float64")
+    return float(r) if isinstance(r, int) else r
+
+
 def _check_output(cell: Any, pbc: Any, geometry: Any, max_edges: Any) -> None:
     _check.tensor("cell", cell, optional=True)
     _check.tensor("pbc", pbc, optional=True)
@@ -220,7 +228,7 @@ def _check_output(cell: Any, pbc: Any, geometry: Any, max_edges: Any) -> None:
     _check.integer("max_edges", max_edges, minimum=0, optional=True)
 
 
-# ---- checks by shape, for real and fake tensors -------------------------------------------------------------------------
+# ---- checks by shape, for real and fake tensors ---------------------------------------------------------------------
 
 
 def _validate(
@@ -269,7 +277,7 @@ def _validate_set(pos: Tensor, batch: Tensor | None, ptr: Tensor | None, name: s
         _check.same_device(name, pos, **{f"ptr{suffix}": ptr})
 
 
-# ---- implementations ----------------------------------------------------------------------------------------------------
+# ---- implementations ------------------------------------------------------------------------------------------------
 
 
 def _cpu(
@@ -279,9 +287,9 @@ def _cpu(
     max_edges: int | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     _validate(pos, centres, k, batch, batch_centres, ptr, ptr_centres, cell, pbc, max_num_neighbors, symmetric, half)
-    for name, points in (("pos" if centres is None else "x", pos), ("y", centres)):
-        if points is not None and points.shape[0] > _MAX_POINTS:
-            raise ValueError(f"{name}: expected at most 2^31 - 1 points, got {points.shape[0]}")
+    for name, xyz in (("pos" if centres is None else "x", pos), ("y", centres)):
+        if xyz is not None and xyz.shape[0] > _MAX_POINTS:
+            raise ValueError(f"{name}: expected at most 2^31 - 1 points, got {xyz.shape[0]}")
     if max_edges is not None and max_edges > _MAX_EDGES:
         raise ValueError(f"max_edges: expected at most 2^48, got {max_edges}")
     cpu, threads, code = _native.cpu, torch.get_num_threads(), DTYPE_CODE[pos.dtype]
