@@ -214,5 +214,6 @@ def test_double_backward_op_is_checked() -> None:
     double = torch.ops.moeyard.radius_graph_double_backward
     none, args = torch.zeros(0, 3, dtype=F64), [*good, *rest]
     assert double(pos, none, torch.zeros(0, 3, 3, dtype=F64), *args)[0].shape == (m,)
+    torch.library.opcheck(double, (pos, none, torch.zeros(0, 3, 3, dtype=F64), *args))
     with pytest.raises(ValueError, match="gg_points"):
         double(pos[:2], none, torch.zeros(0, 3, 3, dtype=F64), *args)

@@ -18,7 +18,13 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 import moeyard
-from moeyard.ops._radius_graph_reference import knn_graph_reference, radius_graph_reference, radius_reference
+from moeyard.ops._radius_graph_reference import (
+    _squared_norm,
+    _vectors,
+    knn_graph_reference,
+    radius_graph_reference,
+    radius_reference,
+)
 from ops.test_radius_graph import F64, points, skew_cell
 
 
@@ -153,6 +159,28 @@ def test_every_edge_has_its_reverse(seed: int, dtype: torch.dtype, far: bool) ->
     assert {tuple(r) for r in (rows + 0.0).tolist()} == {tuple(r) for r in (mirrored + 0.0).tolist()}
 
 
+@settings(max_examples=30)
+@given(st.integers(0, 10**6), st.sampled_from([torch.float32, F64]))
+def test_atoms_thousands_of_cells_apart(seed: int, dtype: torch.dtype) -> None:
+    """Shifts in the thousands cost digits; distances that hover around r are still decided by the caller's numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    cell = torch.diag(torch.tensor([4.1, 3.9, 4.0], dtype=F64))
+    fraction = torch.randint(0, 4, (24, 3), generator=generator) / 4 + 0.1
+    away = torch.randint(-3000, 3000, (24, 3), generator=generator)
+    pos, cell = ((fraction + away) @ cell).to(dtype), cell.to(dtype)
+    i, j = torch.cartesian_prod(torch.arange(24), torch.arange(24)).t()
+    around = torch.cartesian_prod(*[torch.arange(-1, 2)] * 3)
+    s = ((away[i] - away[j])[:, None] + around).reshape(-1, 3)
+    i, j = i.repeat_interleave(27), j.repeat_interleave(27)
+    vector = _vectors(pos, pos, i, j, s, cell.expand(len(i), 3, 3), True)
+    r = torch.tensor(1.025, dtype=dtype)
+    keep = (_squared_norm(vector) < r * r) & ((i != j) | (s != 0).any(1))
+    graph = moeyard.radius_graph(pos, 1.025, cell=cell)
+    assert torch.equal(graph.edge_index.flip(0), torch.stack([i[keep], j[keep]]))
+    assert torch.equal(graph.cell_shift, s[keep].int())
+    assert torch.equal(graph.vector, vector[keep])
+
+
 # ---- scale and shape of the data ------------------------------------------------------------------------------------
 
 
@@ -230,6 +258,17 @@ def test_strictness_at_the_boundary() -> None:
         torus = moeyard.radius_graph(grid, 1.0, cell=torch.eye(3, dtype=dtype) * 10)
         assert torus.num_edges.item() == 0
         assert moeyard.radius_graph(grid, 1.0001, cell=torch.eye(3, dtype=dtype) * 10).num_edges.item() == 6000
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_pairs_nearly_as_far_as_the_radius(axis: int) -> None:
+    """Every neighbour is about one cell away: a grid with cells below r would lose those that meet a cell's corner."""
+    pos = torch.zeros(6_000, 3)
+    pos[:, axis] = torch.arange(6_000.0)
+    for r in (1.0005, float(np.nextafter(np.float32(1), 2))):
+        assert moeyard.radius_graph(pos, r).num_neighbors[1:-1].unique().tolist() == [2]
+        cell = torch.eye(3) * 6_000
+        assert moeyard.radius_graph(pos, r, cell=cell).num_neighbors.unique().tolist() == [2]
 
 
 def test_tiny_lengths() -> None:
