@@ -167,7 +167,7 @@ def test_atoms_thousands_of_cells_apart(seed: int, dtype: torch.dtype) -> None:
     cell = torch.diag(torch.tensor([4.1, 3.9, 4.0], dtype=F64))
     fraction = torch.randint(0, 4, (24, 3), generator=generator) / 4 + 0.1
     away = torch.randint(-3000, 3000, (24, 3), generator=generator)
-    pos, cell = ((fraction + away) @ cell).to(dtype), cell.to(dtype)
+    pos, cell = ((fraction.double() + away) @ cell).to(dtype), cell.to(dtype)
     i, j = torch.cartesian_prod(torch.arange(24), torch.arange(24)).t()
     around = torch.cartesian_prod(*[torch.arange(-1, 2)] * 3)
     s = ((away[i] - away[j])[:, None] + around).reshape(-1, 3)
