@@ -17,7 +17,6 @@ pytest.importorskip("lightning", reason="needs moeyard[train]")
 pytest.importorskip("matplotlib", reason="needs moeyard[train]")
 
 from moeyard.data.structures import embed_molecules, molecule_list, peptide_list
-
 from moeyard.train import demo
 from moeyard.train.callbacks import read_metrics
 from moeyard.train.demo import DemoOptions, DemoSummary, Progress, UsageError, run_demo
