@@ -182,20 +182,6 @@ class _BackwardFunction(torch.autograd.Function):
         return tuple(grads)
 
 
-class _NoThirdDerivative(torch.autograd.Function):
-    """Stays in the graph and raises. `once_differentiable` would not do: its error hangs on a leaf of its own, which
-    `torch.autograd.grad(..., inputs)` never visits, and the derivative would silently lack a term."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        out: tuple[Tensor, ...] = _double_backward.below(*args)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise NotImplementedError("radius_graph: third derivatives are not implemented")
-
-
 _backward = register(
     f"radius_graph_backward({_EDGES}) -> (Tensor, Tensor, Tensor)",
     cpu=_backward_cpu,
@@ -207,5 +193,5 @@ _double_backward = register(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     cpu=_double_cpu,
     fake=_double_fake,
-    autograd=_NoThirdDerivative,
+    autograd="radius_graph: third derivatives are not supported",
 )

@@ -30,6 +30,16 @@ DTYPE_CODE = {
 }
 
 
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What an op computes and accumulates in: float32, and float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def address(x: Tensor | None) -> int:
+    """Where the elements of a contiguous tensor lie; 0, a null pointer to the native code, for None."""
+    return 0 if x is None else x.data_ptr()
+
+
 class Op:
     """One registered operator: `op(*args)` goes through the dispatcher, `op.below(*args)` starts below autograd."""
 
@@ -51,7 +61,7 @@ def register(
     cpu: Callable[..., Any],
     cuda: Callable[..., Any] | None = None,
     fake: Callable[..., Any],
-    autograd: type[torch.autograd.Function] | None = None,
+    autograd: type[torch.autograd.Function] | str | None = None,
 ) -> Op:
     """Defines `moeyard::<schema>` and binds its implementations.
 
@@ -60,7 +70,8 @@ def register(
         cpu, cuda: the implementations; they validate, allocate with torch and pass addresses on. Without `cuda` a CUDA
             tensor gets an error that says so.
         fake: shapes and dtypes of the outputs, for `torch.compile`, export and meta tensors.
-        autograd: the function on the Autograd key; None for an op without a gradient.
+        autograd: the function on the Autograd key; None for an op without a gradient; for an op whose derivative is not
+            supported, the message of the NotImplementedError that asking for it raises.
     """
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -69,6 +80,8 @@ def register(
     torch.library.register_fake(f"moeyard::{name}", fake, lib=_LIBRARY)
     torch.library.register_vmap(f"moeyard::{name}", _no_vmap(name), lib=_LIBRARY)
     op = Op(getattr(torch.ops.moeyard, name).default)
+    if isinstance(autograd, str):
+        autograd = _refusing(op, autograd)
     if autograd is not None:
         _LIBRARY.impl(name, _autograd_entry(op, autograd), "Autograd")
     return op
@@ -82,6 +95,22 @@ def _autograd_entry(op: Op, function: type[torch.autograd.Function]) -> Callable
         return op.below(*args)
 
     return entry
+
+
+def _refusing(op: Op, message: str) -> type[torch.autograd.Function]:
+    """Stays in the graph and raises. `once_differentiable` would not do: it looks at the incoming gradients, which are
+    often constants under `create_graph=True`, and the dependence on the other inputs would be lost without a word."""
+
+    class Refusing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            return op.below(*args)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            raise NotImplementedError(message)
+
+    return Refusing
 
 
 def _any_requires_grad(args: tuple[Any, ...]) -> bool:

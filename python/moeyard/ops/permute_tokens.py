@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moeyard import _native
 from moeyard.ops import _check
-from moeyard.ops._register import DTYPE_CODE, Op, register
+from moeyard.ops._register import DTYPE_CODE, Op, address, compute_dtype, register
 from moeyard.ops.plan_permutation import PermutationPlan
 
 _ARGS = "Tensor row_of_slot, Tensor slot_of_row, Tensor? {weights}"
@@ -143,14 +143,6 @@ def _validate_backward(
 # ---- CPU --------------------------------------------------------------------------------------------------------
 
 
-def _accumulation(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
 def _plan_args(row_of_slot: Tensor, slot_of_row: Tensor) -> tuple[int, int, int, int, int]:
     """Checks the plan's values too: the kernels trust it."""
     tokens, k = row_of_slot.shape
@@ -172,7 +164,7 @@ def _move(
     """Permute (`to_rows`) or unpermute `source`, and the dots of its rows with those of `other`, each if needed."""
     source, row_of_slot, slot_of_row = source.contiguous(), row_of_slot.contiguous(), slot_of_row.contiguous()
     other = None if other is None else other.contiguous()
-    precision = _accumulation(source.dtype)
+    precision = compute_dtype(source.dtype)
     exact = None if weights is None else weights.to(precision).contiguous()
     rows = slot_of_row.shape[0] if to_rows else row_of_slot.shape[0]
     out = source.new_empty((rows, source.shape[1]) if need_out else 0)
@@ -185,13 +177,13 @@ def _move(
         kernel = _native.cpu.permute_weighted if to_rows else _native.cpu.unpermute_rows
         kernel(
             source.data_ptr(),
-            _address(exact),
-            _address(other if need_dots else None),
+            address(exact),
+            address(other if need_dots else None),
             plan,
             source.shape[1],
             DTYPE_CODE[source.dtype],
-            _address(out if need_out else None),
-            _address(dots if need_dots else None),
+            address(out if need_out else None),
+            address(dots if need_dots else None),
             threads,
         )
     return out, dots if weights is None else dots.to(weights.dtype)
@@ -248,7 +240,7 @@ def _backward_fake(name: str) -> Any:
     ) -> tuple[Tensor, Tensor]:
         _validate_backward(name, grad, source, row_of_slot, slot_of_row, weights, need_weights)
         rows = row_of_slot.shape[0] if name == "x" else slot_of_row.shape[0]
-        dtype = _accumulation(grad.dtype) if weights is None else weights.dtype
+        dtype = compute_dtype(grad.dtype) if weights is None else weights.dtype
         return (
             grad.new_empty((rows, grad.shape[1]) if need_source else 0),
             grad.new_empty(row_of_slot.shape if need_weights else 0, dtype=dtype),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moeyard import _native
 from moeyard.ops import _check
-from moeyard.ops._register import DTYPE_CODE, register
+from moeyard.ops._register import DTYPE_CODE, address, compute_dtype, register
 
 SCORES = ("softmax", "softmax_topk", "sigmoid", "sqrtsoftplus")
 FORCED_WEIGHTS = ("score", "one")
@@ -136,10 +136,6 @@ def topk_gating(
 # ---- checks shared by the devices and the fake -----------------------------------------------------------------------
 
 
-def _compute_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
 def _check_scale(scale: float, compute: torch.dtype) -> None:
     if isinstance(scale, (int, float)) and not abs(scale) <= torch.finfo(compute).max:
         raise ValueError(f"scale: expected a finite number in {compute}, got {scale}")
@@ -185,7 +181,7 @@ def _validate(
         raise ValueError(f"k: expected 1 to {E} (the number of experts), got {k}")
     _check.option("score", score, SCORES)
     _check_groups(E, k, *groups)
-    _check_scale(scale, _compute_dtype(logits))
+    _check_scale(scale, compute_dtype(logits.dtype))
     _check.same_device("logits", logits, selection_bias=selection_bias, mask=mask, forced_experts=forced_experts)
     if selection_bias is not None:
         _check.dtype("selection_bias", selection_bias, _DTYPES)
@@ -213,7 +209,7 @@ def _validate_backward(
     _check.same_device("logits", logits, experts=experts, **dict(zip(names, grads, strict=True)))
     for name, grad, shape in zip(names, grads, shapes, strict=True):
         if grad is not None:
-            _check.dtype(name, grad, [_compute_dtype(logits)])
+            _check.dtype(name, grad, [compute_dtype(logits.dtype)])
             _check.shape(name, grad, shape)
 
 
@@ -222,7 +218,7 @@ def _validate_backward(
 
 def _outputs(logits: Tensor, k: int) -> tuple[Tensor, ...]:
     T, E = logits.shape
-    float_, int_ = _compute_dtype(logits), torch.int32
+    float_, int_ = compute_dtype(logits.dtype), torch.int32
     return (
         logits.new_empty((T, k), dtype=float_),
         logits.new_empty((T, k), dtype=int_),
@@ -232,10 +228,6 @@ def _outputs(logits: Tensor, k: int) -> tuple[Tensor, ...]:
         logits.new_empty((), dtype=float_),
         logits.new_empty((), dtype=float_),
     )
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def _cpu(
@@ -256,7 +248,7 @@ def _cpu(
     _validate(logits, k, score, selection_bias, groups, scale, mask, forced_experts, forced_weights)
     T, E = logits.shape
     logits = logits.contiguous()
-    bias = None if selection_bias is None else selection_bias.to(_compute_dtype(logits)).contiguous()
+    bias = None if selection_bias is None else selection_bias.to(compute_dtype(logits.dtype)).contiguous()
     mask = None if mask is None else mask.contiguous()
     forced = None if forced_experts is None else forced_experts.to(torch.int64).contiguous()
     problem = _native.cpu.GatingProblem(
@@ -275,7 +267,7 @@ def _cpu(
     )
     out = _outputs(logits, k)
     workspace = logits.new_empty((_native.cpu.topk_gating_workspace(problem),), dtype=torch.uint8)
-    addresses = [_address(x) for x in (logits, bias, mask, forced, *out, workspace)]
+    addresses = [address(x) for x in (logits, bias, mask, forced, *out, workspace)]
     _native.cpu.topk_gating(problem, *[*addresses, torch.get_num_threads()])
     return out
 
@@ -305,7 +297,7 @@ def _cpu_backward(
     )
     grad_logits = torch.empty_like(logits)
     workspace = logits.new_empty((_native.cpu.topk_gating_workspace(problem),), dtype=torch.uint8)
-    addresses = [_address(x) for x in (logits, experts, mask, *grads, grad_logits, workspace)]
+    addresses = [address(x) for x in (logits, experts, mask, *grads, grad_logits, workspace)]
     _native.cpu.topk_gating_backward(problem, *[*addresses, torch.get_num_threads()])
     return grad_logits
 
@@ -379,21 +371,10 @@ class _Autograd(torch.autograd.Function):
         return (grad_logits, *[None] * 11)
 
 
-class _FirstOrderOnly(torch.autograd.Function):
-    """The backward op's own autograd: it runs, and a gradient through it raises.
-
-    `once_differentiable` would look at the incoming gradients alone; under `create_graph=True` those are often
-    constants, and the dependence on the logits would be lost without a word.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
-        return _backward_op.below(*args)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError("topk_gating: second derivatives are not supported")
-
-
 _op = register(_SCHEMA, cpu=_cpu, fake=_fake, autograd=_Autograd)
-_backward_op = register(_BACKWARD_SCHEMA, cpu=_cpu_backward, fake=_fake_backward, autograd=_FirstOrderOnly)
+_backward_op = register(
+    _BACKWARD_SCHEMA,
+    cpu=_cpu_backward,
+    fake=_fake_backward,
+    autograd="topk_gating: second derivatives are not supported",
+)
