@@ -24,7 +24,8 @@ class Grid {
   /// The grid for pairs closer than `radius`, or none when it would have too many cells.
   static std::optional<Grid> fit(const View<T>& points, double radius) {
     Grid grid;
-    // The side covers the rounding of the edge test (about 1e-7) and of cell numbers (cells * 2^-52) by far.
+    // Rounding is monotone: a computed square below r*r has |dx| < r along every axis, however small r is. So the side
+    // must cover the rounding of dx (about 1e-7) and of cell numbers (cells * 2^-52), which it does by far.
     grid.inverse_ = 1 / (radius * (1 + 1e-4));
     double cells = 1;
     for (int c = 0; c < 3; ++c) {

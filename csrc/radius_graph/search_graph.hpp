@@ -57,7 +57,7 @@ class GraphSearch {
     if (call_.options.k > 0) {
       nearest(threads, std::nullopt);
     } else {
-      within(worker, std::sqrt(double(call_.r2)) + underflow_length<T>(), call_.r2, threads);
+      within(worker, std::sqrt(double(call_.r2)), call_.r2, threads);
     }
   }
 

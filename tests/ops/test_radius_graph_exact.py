@@ -273,8 +273,18 @@ def test_pairs_nearly_as_far_as_the_radius(axis: int) -> None:
 
 def test_tiny_lengths() -> None:
     """Where squares underflow, the edge test still decides, not the grid."""
-    pos = points(300, 1.0, torch.float32, 0) * 1e-21
-    assert_same_graph(moeyard.radius_graph(pos, 1e-22), radius_graph_reference(pos, 1e-22))
+    pos = points(300, 1.0, torch.float32, 0) * 3e-22
+    graph = moeyard.radius_graph(pos, 2.9e-23)
+    assert_same_graph(graph, radius_graph_reference(pos, 2.9e-23))
+    assert graph.num_edges.item() > 100
+
+
+def test_knn_of_a_lone_atom_in_a_large_cell() -> None:
+    """Its neighbours are images of a cluster, further away than the mean density suggests."""
+    pos = torch.cat([points(60, 0.1, F64, 0), torch.full((1, 3), 6.0, dtype=F64)])
+    graph = moeyard.knn_graph(pos, 4, cell=torch.eye(3, dtype=F64) * 10)
+    want, _ = cKDTree(pos.numpy(), boxsize=10.0).query(pos.numpy(), 5)
+    torch.testing.assert_close(graph.distance.view(61, 4).sort(1).values, torch.from_numpy(want[:, 1:]))
 
 
 PROBE = """
@@ -282,8 +292,9 @@ import hashlib, torch, moeyard
 digest = hashlib.sha256()
 for dtype in (torch.float32, torch.float64):
     pos = torch.rand(4000, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(dtype) * 15
+    pos[:2000] = pos[:2000].round()
     cell = torch.eye(3, dtype=dtype) * 15
-    for graph in (moeyard.radius_graph(pos, 1.5), moeyard.radius_graph(pos, 1.5, cell=cell, max_num_neighbors=9),
+    for graph in (moeyard.radius_graph(pos, 2.0), moeyard.radius_graph(pos, 1.5, cell=cell, max_num_neighbors=9),
                   moeyard.radius_graph(pos, 1.5, ptr=torch.arange(0, 4001, 20)), moeyard.radius(pos, pos[::7], 2.0)):
         for field in graph:
             digest.update(field.numpy().tobytes())

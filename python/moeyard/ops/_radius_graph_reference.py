@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -90,7 +91,10 @@ def _graph_ids(pos: Tensor, batch: Tensor | None, ptr: Tensor | None) -> Tensor:
     return torch.zeros(len(pos), dtype=torch.int64)
 
 
-def _each_graph(of_points: Tensor, of_centres: Tensor, cell: Tensor | None, pbc: Tensor | None):  # type: ignore[no-untyped-def]
+def _each_graph(
+    of_points: Tensor, of_centres: Tensor, cell: Tensor | None, pbc: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]]:
+    """Per graph its points, its centres, and its cell with the periodic axes."""
     for g in torch.cat([of_points, of_centres]).unique().tolist():
         box = None
         if cell is not None:
