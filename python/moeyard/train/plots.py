@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 Records = Sequence[dict[str, Any]]
@@ -63,9 +64,10 @@ def _draw_loss(axes: Axes, records: Records) -> None:
         (line,) = axes.plot(steps, values, linewidth=0.6, alpha=0.3)
         axes.plot(steps, smoothed(values, _span(records)), color=line.get_color(), linewidth=1.8, label=label)
     axes.set(xlabel="step", ylabel="loss", title="Training loss", yscale="log")
-    # 0.5 and 2, not powers of ten.
+    # 0.5, 1, 2, not powers of ten.
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3, which="both")
     axes.legend()
 
