@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from moeyard.data.structures import StructureTable
 from torch import Tensor
+
+from moeyard.data.structures import StructureTable
 
 WATER = ([8, 1, 1], [[0.0, 0.0, 0.0], [0.96, 0.0, 0.0], [-0.24, 0.93, 0.0]])
 METHANE = (

@@ -1,0 +1,49 @@
+// Which points belong together: runs of equal graph ids in two sets, matched. Everything is proportional to the number
+// of points (and of `ptr` entries), never to the largest id.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "common/check.hpp"
+#include "radius_graph/radius_graph.hpp"
+
+namespace moeyard::cpu {
+
+/// What the caller calls the arguments: `radius` has x and y, the others pos alone.
+struct Names {
+  const char *xyz, *batch, *ptr;
+};
+inline Names point_names(bool two_sets) {
+  return two_sets ? Names{"x", "batch_x", "ptr_x"} : Names{"pos", "batch", "ptr"};
+}
+inline Names centre_names() { return {"y", "batch_y", "ptr_y"}; }
+
+struct Graph {
+  int64_t id, begin, end, centre_begin, centre_end;
+};
+
+struct Run {
+  int64_t id, begin, end;
+};
+
+/// The non-empty runs of a set. Throws for an unsorted or negative batch and for a ptr that is no partition.
+std::vector<Run> graph_runs(const PointSet& set, const Names& names);
+
+/// Graphs that have both points and centres, by rising id. `centres.xyz` null: the points are the centres.
+std::vector<Graph> match_graphs(const PointSet& points, const PointSet& centres);
+
+/// The graph id of one centre.
+int64_t graph_of(const PointSet& set, int64_t i);
+
+template <class T>
+void check_finite(const PointSet& set, const char* name) {
+  const T* p = static_cast<const T*>(set.xyz);
+  bool fine = true;
+  for (int64_t i = 0; i < 3 * set.count; ++i) fine &= std::abs(p[i]) <= std::numeric_limits<T>::max();
+  for (int64_t i = 0; !fine && i < 3 * set.count; ++i)
+    if (!std::isfinite(p[i])) fail_value(name, ": expected finite coordinates, got ", p[i], " in row ", i / 3);
+}
+
+}  // namespace moeyard::cpu

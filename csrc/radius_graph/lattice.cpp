@@ -1,0 +1,216 @@
+#include "radius_graph/lattice.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "common/check.hpp"
+
+namespace moeyard::cpu {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+// Unit vectors that span less than this are called dependent: their images could not be enumerated anyway.
+constexpr double kSingular = 1e-8;
+// Keeps n - floor + floor within int32.
+constexpr double kMaxCells = 1 << 28;
+constexpr double kMaxImages = 2147483647.0;
+
+double dot(const double* a, const double* b) { return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]; }
+double norm(const double* a) { return std::hypot(a[0], a[1], a[2]); }
+// A zero vector becomes NaN, which the test for a singular cell catches.
+void normalize(double* a) {
+  const double length = norm(a);
+  for (int c = 0; c < 3; ++c) a[c] /= length;
+}
+void cross(const double* a, const double* b, double* out) {
+  for (int c = 0; c < 3; ++c) out[c] = a[(c + 1) % 3] * b[(c + 2) % 3] - a[(c + 2) % 3] * b[(c + 1) % 3];
+}
+
+// Replaces the unit vectors of non-periodic axes by such that are orthogonal to the periodic ones.
+void complete(const bool* periodic, double unit[3][3]) {
+  const int count = periodic[0] + periodic[1] + periodic[2];
+  for (int k = 0; k < 3; ++k) {
+    if (periodic[k]) continue;
+    double *u = unit[k], *a = unit[(k + 1) % 3], *b = unit[(k + 2) % 3];
+    if (count == 0) {
+      for (int c = 0; c < 3; ++c) u[c] = c == k;
+    } else if (count == 1 && !periodic[(k + 1) % 3]) {
+      // Two free axes in a row: the first is across b and the coordinate axis in which b is smallest.
+      int c = 0;
+      for (int d = 1; d < 3; ++d)
+        if (std::abs(b[d]) < std::abs(b[c])) c = d;
+      const double axis[3] = {double(c == 0), double(c == 1), double(c == 2)};
+      cross(b, axis, u);
+      cross(b, u, a);
+      normalize(u), normalize(a);
+      return;
+    } else if (count == 2) {
+      cross(a, b, u);
+      normalize(u);
+    }
+  }
+}
+
+template <class T>
+bool read_cell(const Periodicity& p, int64_t graph, Lattice& lattice, double* length, double unit[3][3]) {
+  const T* cell = static_cast<const T*>(p.cell) + (p.num_cells < 0 ? 0 : 9 * graph);
+  const bool* pbc = p.pbc ? p.pbc + (p.num_pbc < 0 ? 0 : 3 * graph) : nullptr;
+  bool finite = true;
+  for (int k = 0; k < 3; ++k) {
+    lattice.periodic[k] = pbc ? pbc[k] : true;
+    for (int c = 0; c < 3; ++c) finite &= std::isfinite(lattice.vector[k][c] = double(cell[3 * k + c]));
+    length[k] = norm(lattice.vector[k]);
+    for (int c = 0; c < 3; ++c) unit[k][c] = length[k] > 0 ? lattice.vector[k][c] / length[k] : 0;
+  }
+  return finite;
+}
+
+}  // namespace
+
+double Lattice::shortest() const {
+  double best = kInfinity;
+  for (int k = 0; k < 3; ++k)
+    if (periodic[k]) best = std::min(best, norm(vector[k]));
+  return best;
+}
+
+template <class T>
+Lattice make_lattice(const Periodicity& p, int64_t graph) {
+  if (p.num_cells >= 0 && graph >= p.num_cells)
+    fail_value("cell: expected a cell for every graph, got ", p.num_cells, " cells for graph id ", graph);
+  if (p.num_pbc >= 0 && graph >= p.num_pbc)
+    fail_value("pbc: expected a row for every graph, got ", p.num_pbc, " rows for graph id ", graph);
+  Lattice lattice{};
+  double length[3], unit[3][3];
+  if (!read_cell<T>(p, graph, lattice, length, unit))
+    fail_value("cell: expected finite vectors, got a non-finite one for graph ", graph);
+  complete(lattice.periodic, unit);
+  double normal[3][3];
+  for (int k = 0; k < 3; ++k) cross(unit[(k + 1) % 3], unit[(k + 2) % 3], normal[k]);
+  const double volume = dot(unit[0], normal[0]);
+  if (!(std::abs(volume) > kSingular))
+    fail_value("cell: expected linearly independent periodic vectors, got a singular cell for graph ", graph);
+  for (int k = 0; k < 3; ++k) {
+    const double scale = lattice.periodic[k] ? length[k] : 1;
+    for (int c = 0; c < 3; ++c) {
+      lattice.reciprocal[k][c] = normal[k][c] / (volume * scale);
+      if (!lattice.periodic[k]) lattice.vector[k][c] = 0;
+    }
+    lattice.spacing[k] = lattice.periodic[k] ? std::abs(volume) * length[k] / norm(normal[k]) : kInfinity;
+  }
+  return lattice;
+}
+
+template <class T>
+Wrapped wrap(const Lattice& lattice, const T* xyz, int64_t begin, int64_t end, const char* name) {
+  Wrapped w;
+  w.home.resize(size_t(3 * (end - begin)));
+  w.fraction.resize(w.home.size());
+  w.floor.resize(size_t(end - begin));
+  for (int64_t i = 0; i < end - begin; ++i) {
+    const T* row = xyz + 3 * (begin + i);
+    const double p[3] = {double(row[0]), double(row[1]), double(row[2])};
+    double cells[3];
+    for (int k = 0; k < 3; ++k) {
+      const double f = dot(p, lattice.reciprocal[k]);
+      cells[k] = lattice.periodic[k] ? std::floor(f) : 0;
+      if (!(std::abs(cells[k]) <= kMaxCells))
+        fail_value(name, ": expected coordinates within 2^28 cells of the origin, got ", f, " in row ", begin + i);
+      w.fraction[size_t(3 * i + k)] = f - cells[k];
+      w.floor[size_t(i)].n[k] = int32_t(cells[k]);
+    }
+    for (int c = 0; c < 3; ++c)
+      w.home[size_t(3 * i + c)] =
+          p[c] - (cells[0] * lattice.vector[0][c] + cells[1] * lattice.vector[1][c] + cells[2] * lattice.vector[2][c]);
+  }
+  return w;
+}
+
+namespace {
+
+struct Bounds {
+  double home_low[3], home_high[3], fraction_low[3], fraction_high[3];
+};
+
+Bounds bounds_of(const Wrapped& w) {
+  Bounds b;
+  for (int c = 0; c < 3; ++c) {
+    b.home_low[c] = b.fraction_low[c] = kInfinity, b.home_high[c] = b.fraction_high[c] = -kInfinity;
+    for (size_t i = size_t(c); i < w.home.size(); i += 3) {
+      b.home_low[c] = std::min(b.home_low[c], w.home[i]), b.home_high[c] = std::max(b.home_high[c], w.home[i]);
+      b.fraction_low[c] = std::min(b.fraction_low[c], w.fraction[i]);
+      b.fraction_high[c] = std::max(b.fraction_high[c], w.fraction[i]);
+    }
+  }
+  return b;
+}
+
+// Rounding of the edge test (in a type with `epsilon`) and of wrapped coordinates: a few epsilon times the largest
+// number that takes part. 16 is generous.
+double rounding(const Lattice& lattice, const Wrapped& points, const Wrapped& centres, double radius, double epsilon) {
+  double largest = 0;
+  for (const Wrapped* w : {&points, &centres}) {
+    for (double h : w->home) largest = std::max(largest, std::abs(h));
+    for (int k = 0; k < 3; ++k) {
+      if (!lattice.periodic[k]) continue;
+      double cells = radius / lattice.spacing[k] + 2;
+      for (const Shift& s : w->floor) cells = std::max(cells, radius / lattice.spacing[k] + 2 + std::abs(s.n[k]));
+      largest += 2 * cells * norm(lattice.vector[k]);
+    }
+  }
+  return 16 * epsilon * largest;
+}
+
+}  // namespace
+
+template <class T>
+Images<T> make_images(const Lattice& lattice, const Wrapped& points, const Wrapped& centres, double radius) {
+  Images<T> images;
+  images.slack = rounding(lattice, points, centres, radius, double(std::numeric_limits<T>::epsilon()));
+  images.slack += underflow_length<T>();
+  const double reach = radius * (1 + 1e-5) + images.slack;
+  const Bounds near = bounds_of(centres);
+  double low[3], high[3], total = double(points.floor.size());
+  for (int k = 0; k < 3; ++k) {
+    const double width = lattice.periodic[k] ? reach / lattice.spacing[k] + 1e-9 : 0;
+    low[k] = near.fraction_low[k] - width, high[k] = near.fraction_high[k] + width;
+    if (lattice.periodic[k]) total *= high[k] - low[k] + 1;
+  }
+  if (!(total <= kMaxImages))
+    fail_value("cell: expected fewer than 2^31 periodic images within reach, got about ", total, " (distance ", radius,
+               ", planes ", lattice.spacing[0], ", ", lattice.spacing[1], ", ", lattice.spacing[2], " apart)");
+  for (size_t j = 0; j < points.floor.size(); ++j) {
+    int32_t from[3] = {0, 0, 0}, to[3] = {0, 0, 0};
+    for (int k = 0; k < 3; ++k) {
+      if (!lattice.periodic[k]) continue;
+      from[k] = int32_t(std::ceil(low[k] - points.fraction[3 * j + k]));
+      to[k] = int32_t(std::floor(high[k] - points.fraction[3 * j + k]));
+    }
+    for (int32_t a = from[0]; a <= to[0]; ++a)
+      for (int32_t b = from[1]; b <= to[1]; ++b)
+        for (int32_t c = from[2]; c <= to[2]; ++c) {
+          double p[3];
+          bool inside = true;
+          for (int d = 0; d < 3; ++d) {
+            p[d] = points.home[3 * j + d] +
+                   (a * lattice.vector[0][d] + b * lattice.vector[1][d] + c * lattice.vector[2][d]);
+            inside &= p[d] >= near.home_low[d] - reach && p[d] <= near.home_high[d] + reach;
+          }
+          if (!inside) continue;
+          for (double x : p) images.xyz.push_back(T(x));
+          images.point.push_back(int32_t(j));
+          images.n.push_back({{a, b, c}});
+        }
+  }
+  return images;
+}
+
+template Lattice make_lattice<float>(const Periodicity&, int64_t);
+template Lattice make_lattice<double>(const Periodicity&, int64_t);
+template Wrapped wrap<float>(const Lattice&, const float*, int64_t, int64_t, const char*);
+template Wrapped wrap<double>(const Lattice&, const double*, int64_t, int64_t, const char*);
+template Images<float> make_images<float>(const Lattice&, const Wrapped&, const Wrapped&, double);
+template Images<double> make_images<double>(const Lattice&, const Wrapped&, const Wrapped&, double);
+
+}  // namespace moeyard::cpu

@@ -1,0 +1,190 @@
+#include <algorithm>
+#include <vector>
+
+#include "common/check.hpp"
+#include "common/parallel.hpp"
+#include "radius_graph/geometry.hpp"
+#include "radius_graph/graphs.hpp"
+#include "radius_graph/radius_graph.hpp"
+
+namespace moeyard::cpu {
+namespace {
+
+constexpr int64_t kNodeGrain = 1 << 10;
+constexpr int64_t kEdgeGrain = 1 << 13;
+
+int64_t used(const RadiusEdges& e) { return std::clamp<int64_t>(*e.num_edges, 0, e.capacity); }
+
+/// For every node the edges that name it, in edge order: counting sort, or runs where the ids are sorted already.
+class EdgesOfNode {
+ public:
+  EdgesOfNode(const int64_t* ids, int64_t edges, int64_t nodes, const char* role) : start_(size_t(nodes + 1), 0) {
+    sorted_ = true;
+    for (int64_t e = 0; e < edges; ++e) {
+      if (ids[e] < 0 || ids[e] >= nodes)
+        fail_value("edge_index: expected ", role, " ids below ", nodes, ", got ", ids[e], " at edge ", e);
+      sorted_ &= e == 0 || ids[e - 1] <= ids[e];
+      ++start_[size_t(ids[e] + 1)];
+    }
+    for (int64_t i = 0; i < nodes; ++i) start_[size_t(i + 1)] += start_[size_t(i)];
+    if (sorted_) return;
+    std::vector<int64_t> next(start_.begin(), start_.end() - 1);
+    order_.resize(size_t(edges));
+    for (int64_t e = 0; e < edges; ++e) order_[size_t(next[size_t(ids[e])]++)] = e;
+  }
+
+  template <class F>
+  void for_each(int64_t node, F&& f) const {
+    for (int64_t k = start_[size_t(node)]; k < start_[size_t(node + 1)]; ++k) f(sorted_ ? k : order_[size_t(k)]);
+  }
+
+ private:
+  bool sorted_;
+  std::vector<int64_t> start_, order_;
+};
+
+/// The gradient with respect to one edge's vector.
+template <class T>
+Vec3<T> edge_gradient(const RadiusEdges& edges, int64_t e) {
+  Vec3<T> y{0, 0, 0};
+  if (const T* g = static_cast<const T*>(edges.grad_vector)) y = {g[3 * e], g[3 * e + 1], g[3 * e + 2]};
+  const T d = static_cast<const T*>(edges.distance)[e];
+  if (!edges.grad_distance || !(d > 0)) return y;
+  const T scale = static_cast<const T*>(edges.grad_distance)[e] / d;
+  const T* v = static_cast<const T*>(edges.vector) + 3 * e;
+  return {y.x + scale * v[0], y.y + scale * v[1], y.z + scale * v[2]};
+}
+
+// s^T y of a centre's edges, the part of one centre in the gradient of its graph's cell.
+template <class T>
+void add_outer(const int32_t* s, const Vec3<T>& y, double* sum) {
+  const double v[3] = {double(y.x), double(y.y), double(y.z)};
+  for (int k = 0; k < 3; ++k)
+    for (int c = 0; c < 3; ++c) sum[3 * k + c] += double(s[k]) * v[c];
+}
+
+template <class T>
+void backward(const RadiusEdges& edges, int64_t num_points, const PointSet& centres, int64_t num_cells, T* grad_points,
+              T* grad_centres, T* grad_cell, int threads) {
+  const EdgesOfNode by_neighbour(edges.neighbour, used(edges), num_points, "neighbour");
+  const EdgesOfNode by_centre(edges.centre, used(edges), centres.count, "centre");
+  std::vector<double> cell_part(grad_cell ? size_t(9 * centres.count) : 0, 0.0);
+
+  parallel_for(num_points, kNodeGrain, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
+      Vec3<T> sum{0, 0, 0};
+      by_neighbour.for_each(j, [&](int64_t e) {
+        const Vec3<T> y = edge_gradient<T>(edges, e);
+        sum = {sum.x + y.x, sum.y + y.y, sum.z + y.z};
+      });
+      grad_points[3 * j] = sum.x, grad_points[3 * j + 1] = sum.y, grad_points[3 * j + 2] = sum.z;
+    }
+  });
+  T* out = grad_centres ? grad_centres : grad_points;
+  if (grad_centres) std::fill_n(grad_centres, 3 * centres.count, T(0));
+  parallel_for(centres.count, kNodeGrain, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      Vec3<T> sum{0, 0, 0};
+      by_centre.for_each(i, [&](int64_t e) {
+        const Vec3<T> y = edge_gradient<T>(edges, e);
+        sum = {sum.x + y.x, sum.y + y.y, sum.z + y.z};
+        if (grad_cell) add_outer(edges.cell_shift + 3 * e, y, &cell_part[size_t(9 * i)]);
+      });
+      out[3 * i] -= sum.x, out[3 * i + 1] -= sum.y, out[3 * i + 2] -= sum.z;
+    }
+  });
+  if (!grad_cell) return;
+  std::vector<double> total(size_t(9 * (num_cells < 0 ? 1 : num_cells)), 0.0);
+  for (int64_t i = 0; i < centres.count; ++i) {
+    const int64_t g = num_cells < 0 ? 0 : graph_of(centres, i);
+    if (g >= std::max<int64_t>(num_cells, 1)) continue;  // a graph without edges may lie beyond the cells
+    for (int k = 0; k < 9; ++k) total[size_t(9 * g + k)] += cell_part[size_t(9 * i + k)];
+  }
+  std::copy(total.begin(), total.end(), grad_cell);
+}
+
+/// Gradients with respect to the inputs of edge_gradient, given that with respect to its result.
+template <class T>
+struct EdgeDouble {
+  const RadiusEdges& edges;
+  T *to_grad_distance, *to_grad_vector, *to_distance, *to_vector;
+
+  void operator()(int64_t e, const Vec3<T>& g) const {
+    const T d = static_cast<const T*>(edges.distance)[e];
+    const T g_d = edges.grad_distance ? static_cast<const T*>(edges.grad_distance)[e] : T(0);
+    const T* v = static_cast<const T*>(edges.vector) + 3 * e;
+    const T inverse = d > 0 ? 1 / d : T(0);
+    const T along = ((g.x * v[0] + g.y * v[1]) + g.z * v[2]) * inverse;
+    to_grad_distance[e] = along;
+    to_distance[e] = -(g_d * inverse) * along;
+    const T component[3] = {g.x, g.y, g.z};
+    for (int c = 0; c < 3; ++c) {
+      to_grad_vector[3 * e + c] = component[c];
+      to_vector[3 * e + c] = (g_d * inverse) * component[c];
+    }
+  }
+};
+
+template <class T>
+void double_backward(const EdgeDouble<T>& edge, int64_t num_points, const PointSet& centres, int64_t num_cells,
+                     const T* gg_points, const T* gg_centres, const T* gg_cell, int threads) {
+  const RadiusEdges& edges = edge.edges;
+  if (!gg_centres) gg_centres = gg_points;
+  parallel_for(edges.capacity, kEdgeGrain, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t e = begin; e < end; ++e) {
+      if (e >= used(edges)) {
+        edge.to_grad_distance[e] = edge.to_distance[e] = T(0);
+        for (int c = 0; c < 3; ++c) edge.to_grad_vector[3 * e + c] = edge.to_vector[3 * e + c] = T(0);
+        continue;
+      }
+      const int64_t i = edges.centre[e], j = edges.neighbour[e];
+      if (i < 0 || i >= centres.count || j < 0 || j >= num_points)
+        fail_value("edge_index: expected ids of nodes, got ", i, " and ", j, " at edge ", e);
+      T g[3];
+      for (int c = 0; c < 3; ++c) g[c] = gg_points[3 * j + c] - gg_centres[3 * i + c];
+      if (gg_cell) {
+        const T* cell = gg_cell + (num_cells < 0 ? 0 : 9 * graph_of(centres, i));
+        for (int k = 0; k < 3; ++k)
+          for (int c = 0; c < 3; ++c) g[c] += T(edges.cell_shift[3 * e + k]) * cell[3 * k + c];
+      }
+      edge(e, {g[0], g[1], g[2]});
+    }
+  });
+}
+
+template <class T>
+T* as(void* p) {
+  return static_cast<T*>(p);
+}
+template <class T>
+const T* as(const void* p) {
+  return static_cast<const T*>(p);
+}
+
+}  // namespace
+
+void radius_graph_backward(DType dtype, const RadiusEdges& edges, int64_t num_points, const PointSet& centres,
+                           int64_t num_cells, void* grad_points, void* grad_centres, void* grad_cell, int threads) {
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    backward<T>(edges, num_points, centres, num_cells, as<T>(grad_points), as<T>(grad_centres), as<T>(grad_cell),
+                threads);
+  };
+  dtype == DType::f64 ? run(double{}) : run(float{});
+}
+
+void radius_graph_double_backward(DType dtype, const RadiusEdges& edges, int64_t num_points, const PointSet& centres,
+                                  int64_t num_cells, const void* gg_points, const void* gg_centres, const void* gg_cell,
+                                  void* to_grad_distance, void* to_grad_vector, void* to_distance, void* to_vector,
+                                  int threads) {
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const EdgeDouble<T> edge{edges, as<T>(to_grad_distance), as<T>(to_grad_vector), as<T>(to_distance),
+                             as<T>(to_vector)};
+    double_backward<T>(edge, num_points, centres, num_cells, as<T>(gg_points), as<T>(gg_centres), as<T>(gg_cell),
+                       threads);
+  };
+  dtype == DType::f64 ? run(double{}) : run(float{});
+}
+
+}  // namespace moeyard::cpu

@@ -1,0 +1,333 @@
+// The search in one graph: which structure proposes candidates, what the edge test leaves, what a cap keeps.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "common/check.hpp"
+#include "common/parallel.hpp"
+#include "radius_graph/geometry.hpp"
+#include "radius_graph/graphs.hpp"
+#include "radius_graph/grid.hpp"
+#include "radius_graph/hit_store.hpp"
+#include "radius_graph/kd_tree.hpp"
+#include "radius_graph/lattice.hpp"
+#include "radius_graph/scan.hpp"
+
+namespace moeyard::cpu {
+
+/// What all graphs of a call share.
+template <class T>
+struct SearchCall {
+  Pairs<T> pairs;
+  T r2;
+  RadiusOptions options;
+  Periodicity periodic;
+  Scan<T> scan;
+  HitStore& store;
+  std::atomic<int64_t>& truncated;
+};
+
+/// One thread's scratch memory.
+template <class T>
+struct Worker {
+  explicit Worker(HitStore& store) : writer(store) {}
+  Columns<T> block;
+  std::vector<int32_t> ids;
+  std::vector<Ranked<T>> ranked;
+  HitWriter writer;
+};
+
+template <class T>
+class GraphSearch {
+ public:
+  GraphSearch(const SearchCall<T>& call, const Graph& graph) : call_(call), graph_(graph) {
+    if (!call.periodic.cell) return;
+    lattice_ = make_lattice<T>(call.periodic, graph.id);
+    cell_ = static_cast<const T*>(call.periodic.cell) + (call.periodic.num_cells < 0 ? 0 : 9 * graph.id);
+  }
+
+  void run(Worker<T>& worker, int threads) {
+    points_ = {call_.pairs.points + 3 * graph_.begin, graph_.end - graph_.begin};
+    centres_ = {call_.pairs.centres + 3 * graph_.centre_begin, graph_.centre_end - graph_.centre_begin};
+    if (cell_ && lattice_.any()) return run_periodic(worker, threads);
+    if (call_.options.k > 0) {
+      nearest(threads, std::nullopt);
+    } else {
+      within(worker, std::sqrt(double(call_.r2)) + underflow_length<T>(), call_.r2, threads);
+    }
+  }
+
+ private:
+  // Up to this many pairs, comparing all beats any structure: 96 points against each other.
+  static constexpr double kBruteForcePairs = 96 * 96;
+  // A leaf with a wide box (an outlier among its points) proposes too much: then each centre asks for itself.
+  static constexpr int64_t kMaxLeafBlock = 4096;
+  static constexpr int64_t kPieces = 256;
+
+  bool same() const { return call_.pairs.same; }
+
+  // ---- all within a radius: `radius` and `r2` include the slack of image coordinates -----------------------------
+
+  void within(Worker<T>& worker, double radius, T r2, int threads) {
+    reach2_ = r2;
+    if (double(points_.n) * double(centres_.n) <= kBruteForcePairs) return by_brute_force(worker);
+    if (const auto grid = Grid<T>::fit(points_, radius)) return by_grid(*grid, threads);
+    by_tree(threads);
+  }
+
+  void by_brute_force(Worker<T>& worker) {
+    worker.block.resize(points_.n);
+    for (int64_t j = 0; j < points_.n; ++j) worker.block.set(j, points_.xyz + 3 * j, j);
+    worker.block.pad();
+    for (int64_t i = 0; i < centres_.n; ++i) scan(worker, i);
+  }
+
+  void by_grid(const Grid<T>& grid, int threads) {
+    const Bins<T> bins = grid.bin(points_);
+    const Bins<T> others = own_structure() ? Bins<T>{} : grid.bin(centres_);
+    const Bins<T>& homes = own_structure() ? bins : others;
+    if (crowded(bins)) return nearest_within(KdTree<T>(points_), threads);
+    parallel_for(grid.cells(), grid.cells() / kPieces, threads, [&](int64_t begin, int64_t end) {
+      Worker<T> worker(call_.store);
+      for (int64_t cell = begin; cell < end; ++cell) {
+        const int32_t first = homes.start[size_t(cell)], last = homes.start[size_t(cell + 1)];
+        if (first == last) continue;
+        grid.collect(bins, cell, worker.block);
+        for (int32_t k = first; k < last; ++k) scan(worker, homes.points.id[size_t(k)]);
+      }
+    });
+  }
+
+  void by_tree(int threads) {
+    const KdTree<T> tree(points_);
+    if (call_.options.max_neighbors > 0) return nearest_within(tree, threads);
+    const KdTree<T> others(own_structure() ? View<T>{nullptr, 0} : centres_);
+    const KdTree<T>& homes = own_structure() ? tree : others;
+    const auto leaves = int64_t(homes.leaves().size());
+    parallel_for(leaves, leaves / kPieces, threads, [&](int64_t begin, int64_t end) {
+      Worker<T> worker(call_.store);
+      for (int64_t l = begin; l < end; ++l) {
+        const auto& leaf = homes.node(homes.leaves()[size_t(l)]);
+        const bool together = tree.collect(leaf.box, reach2_, kMaxLeafBlock, worker.block);
+        for (int32_t k = leaf.begin; k < leaf.end; ++k) {
+          const int32_t i = homes.points().id[size_t(k)];
+          if (!together) tree.collect(box_of(centres_.xyz + 3 * int64_t(i)), reach2_, points_.n, worker.block);
+          scan(worker, i);
+        }
+      }
+    });
+  }
+
+  // Whether a centre meets so many more points than it may keep that finding the nearest in a tree costs less.
+  bool crowded(const Bins<T>& bins) const {
+    if (call_.options.max_neighbors < 1) return false;
+    double squares = 0;
+    for (size_t cell = 0; cell + 1 < bins.start.size(); ++cell) {
+      const double count = bins.start[cell + 1] - bins.start[cell];
+      squares += count * count;
+    }
+    return squares > (8.0 * double(call_.options.max_neighbors) + 64) * double(bins.points.n);
+  }
+
+  bool own_structure() const { return same() && !wrapped_; }
+
+  // ---- one centre against its candidates -------------------------------------------------------------------------
+
+  void scan(Worker<T>& worker, int64_t i) {
+    auto& ids = worker.ids;
+    ids.resize(size_t(worker.block.n + kLanes));
+    int64_t found = call_.scan(worker.block, centres_.xyz + 3 * i, reach2_, self(i), ids.data());
+    const auto keep = [&](auto&& wanted) { found = std::remove_if(&ids[0], &ids[0] + found, wanted) - &ids[0]; };
+    if (wrapped_) keep([&](int32_t id) { return !(exact(i, id) < call_.r2); });
+    if (call_.options.half) keep([&](int32_t id) { return !first_of_pair(i, id); });
+    const int64_t cap = call_.options.max_neighbors;
+    if (cap > 0 && found > cap) {
+      keep_nearest(worker, i, found, cap);
+      found = cap;
+      call_.truncated.fetch_add(1, std::memory_order_relaxed);
+    }
+    std::sort(&ids[0], &ids[0] + found);
+    commit(worker, i, found);
+  }
+
+  void keep_nearest(Worker<T>& worker, int64_t i, int64_t found, int64_t cap) {
+    worker.ranked.clear();
+    for (int64_t k = 0; k < found; ++k)
+      worker.ranked.emplace_back(exact(i, worker.ids[size_t(k)]), worker.ids[size_t(k)]);
+    std::nth_element(worker.ranked.begin(), worker.ranked.begin() + cap, worker.ranked.end());
+    for (int64_t k = 0; k < cap; ++k) worker.ids[size_t(k)] = worker.ranked[size_t(k)].second;
+  }
+
+  // Ids count the graph's points, or its images; images are sorted by (point, n), so ids sort like (neighbour, shift).
+  int64_t neighbour(int32_t id) const { return graph_.begin + (wrapped_ ? images_.point[size_t(id)] : id); }
+
+  Shift shift(int64_t i, int32_t id) const {
+    if (!wrapped_) return {{0, 0, 0}};
+    const Shift &n = images_.n[size_t(id)], &of_point = home_points().floor[size_t(images_.point[size_t(id)])],
+                &of_centre = home_centres_.floor[size_t(i)];
+    Shift s;
+    for (int k = 0; k < 3; ++k) s.n[k] = n.n[k] - of_point.n[k] + of_centre.n[k];
+    return s;
+  }
+
+  T exact(int64_t i, int32_t id) const {
+    const int64_t centre = graph_.centre_begin + i;
+    if (!wrapped_) return squared_norm(call_.pairs(centre, neighbour(id)));
+    return squared_norm(call_.pairs(centre, neighbour(id), shift(i, id), cell_));
+  }
+
+  bool first_of_pair(int64_t i, int32_t id) const {
+    const int64_t centre = graph_.centre_begin + i, other = neighbour(id);
+    return centre < other || (centre == other && !negative(shift(i, id)));
+  }
+
+  // The id of (i, i, shift 0), which is no edge unless loops are wanted.
+  int32_t self(int64_t i) const {
+    if (!same() || call_.options.loop) return -1;
+    return wrapped_ ? self_image_[size_t(i)] : int32_t(i);
+  }
+
+  void commit(Worker<T>& worker, int64_t i, int64_t found) {
+    int32_t* out = worker.writer.add(graph_.centre_begin + i, found);
+    for (int64_t k = 0; k < found; ++k) {
+      const int32_t id = worker.ids[size_t(k)];
+      *out++ = int32_t(neighbour(id));
+      if (!cell_) continue;
+      const Shift s = shift(i, id);
+      out = std::copy(s.n, s.n + 3, out);
+    }
+  }
+
+  // ---- the nearest of each centre --------------------------------------------------------------------------------
+
+  // What a gap between image coordinates says about exact distances: nothing is lost in free space.
+  T reach(T gap) const {
+    if (!wrapped_) return gap;
+    const double least = std::max(0.0, std::sqrt(double(gap)) * (1 - 1e-5) - images_.slack);
+    return T(least * least * (1 - 1e-6));
+  }
+
+  // Calls finish(worker, i) for every open centre with its `count` nearest in worker.ranked, a heap.
+  template <class Finish>
+  void for_each_nearest(const KdTree<T>& tree, int64_t count, std::optional<T> limit, int threads, Finish&& finish) {
+    const auto reach_of = [this](T gap) { return reach(gap); };
+    parallel_for(centres_.n, std::max<int64_t>(centres_.n / kPieces, 64), threads, [&](int64_t begin, int64_t end) {
+      Worker<T> worker(call_.store);
+      for (int64_t i = begin; i < end; ++i) {
+        if (!open_.empty() && !open_[size_t(i)]) continue;
+        const auto exact_of = [&](int32_t id) { return exact(i, id); };
+        NearestQuery<T, decltype(reach_of), decltype(exact_of)>(tree, centres_.xyz + 3 * i, self(i), count, limit,
+                                                                reach_of, exact_of, worker.ranked);
+        finish(worker, i);
+      }
+    });
+  }
+
+  void commit_ranked(Worker<T>& worker, int64_t i) {
+    worker.ids.clear();
+    for (const auto& found : worker.ranked) worker.ids.push_back(found.second);
+    std::sort(worker.ids.begin(), worker.ids.end());
+    commit(worker, i, int64_t(worker.ids.size()));
+  }
+
+  // A cap on crowded neighbourhoods: asking for one more than the cap tells whether there are more.
+  void nearest_within(const KdTree<T>& tree, int threads) {
+    const int64_t cap = call_.options.max_neighbors;
+    for_each_nearest(tree, std::min(cap, points_.n) + 1, call_.r2, threads, [&](Worker<T>& worker, int64_t i) {
+      if (int64_t(worker.ranked.size()) > cap) {
+        std::pop_heap(worker.ranked.begin(), worker.ranked.end());
+        worker.ranked.pop_back();
+        call_.truncated.fetch_add(1, std::memory_order_relaxed);
+      }
+      commit_ranked(worker, i);
+    });
+  }
+
+  // Centres that find k neighbours no further than `sure` are done; without `sure` every centre is.
+  void nearest(int threads, std::optional<T> sure) {
+    const int64_t k = call_.options.k;
+    for_each_nearest(KdTree<T>(points_), k, std::nullopt, threads, [&](Worker<T>& worker, int64_t i) {
+      const auto& heap = worker.ranked;
+      if (sure && (int64_t(heap.size()) < k || !(heap.front().first <= *sure))) return;
+      if (!heap.empty() && !std::isfinite(heap.front().first))
+        fail_value("pos: expected points whose squared distances are finite in their dtype, got too distant ones ",
+                   "among the nearest of row ", graph_.centre_begin + i);
+      commit_ranked(worker, i);
+      if (!open_.empty()) open_[size_t(i)] = 0;
+    });
+  }
+
+  // A radius that holds k neighbours at mean density. Along the shortest cell vector alone an atom meets two images of
+  // itself per length, which bounds what can ever be needed.
+  double first_radius(double& bound) const {
+    bound = (0.5 * double(call_.options.k) + 1) * lattice_.shortest();
+    double volume = 1;
+    for (int k = 0; k < 3; ++k) {
+      double low = home_centres_.fraction[size_t(k)], high = low;
+      for (size_t i = size_t(k); i < home_centres_.fraction.size(); i += 3)
+        low = std::min(low, home_centres_.fraction[i]), high = std::max(high, home_centres_.fraction[i]);
+      volume *= lattice_.periodic[k] ? lattice_.spacing[k] : std::max(high - low, bound);
+    }
+    return std::min(bound, std::cbrt(volume * double(call_.options.k + 1) / double(centres_.n)));
+  }
+
+  void nearest_periodic(int threads) {
+    double bound, radius = first_radius(bound);
+    open_.assign(size_t(centres_.n), 1);
+    for (;; radius = std::min(2 * radius, bound)) {
+      use_images(radius);
+      // The bound is a matter of mathematics; the edge test's own rounding comes on top.
+      const T sure = T(radius >= bound ? std::numeric_limits<T>::infinity() : radius * radius);
+      nearest(threads, sure);
+      if (std::find(open_.begin(), open_.end(), 1) == open_.end()) return;
+    }
+  }
+
+  // ---- periodic graphs -------------------------------------------------------------------------------------------
+
+  void run_periodic(Worker<T>& worker, int threads) {
+    wrapped_ = true;
+    const bool two_sets = !same();
+    home_centres_ = wrap(lattice_, call_.pairs.centres, graph_.centre_begin, graph_.centre_end, two_sets ? "y" : "pos");
+    if (two_sets) home_points_ = wrap(lattice_, call_.pairs.points, graph_.begin, graph_.end, "x");
+    centre_xyz_.assign(home_centres_.home.begin(), home_centres_.home.end());
+    centres_ = {centre_xyz_.data(), centres_.n};
+    if (call_.options.k > 0) return nearest_periodic(threads);
+    const double radius = std::sqrt(double(call_.r2));
+    use_images(radius);
+    const double reach = radius * (1 + 1e-5) + images_.slack;
+    within(worker, reach, T(reach * reach), threads);
+  }
+
+  const Wrapped& home_points() const { return same() ? home_centres_ : home_points_; }
+
+  void use_images(double radius) {
+    images_ = make_images<T>(lattice_, home_points(), home_centres_, radius);
+    points_ = {images_.xyz.data(), int64_t(images_.point.size())};
+    if (!same()) return;
+    self_image_.assign(size_t(centres_.n), -1);
+    for (int64_t id = 0; id < points_.n; ++id) {
+      const Shift& n = images_.n[size_t(id)];
+      if (!n.n[0] && !n.n[1] && !n.n[2]) self_image_[size_t(images_.point[size_t(id)])] = int32_t(id);
+    }
+  }
+
+  const SearchCall<T>& call_;
+  const Graph graph_;
+  Lattice lattice_{};
+  const T* cell_ = nullptr;
+  View<T> points_{}, centres_{};
+  T reach2_{};
+  bool wrapped_ = false;
+  Wrapped home_points_, home_centres_;
+  std::vector<T> centre_xyz_;
+  Images<T> images_{};
+  std::vector<int32_t> self_image_;
+  std::vector<char> open_;  // centres of a periodic k-nearest search that still lack neighbours
+};
+
+}  // namespace moeyard::cpu

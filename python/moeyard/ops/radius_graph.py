@@ -1,0 +1,371 @@
+"""radius_graph, radius, knn_graph: neighbours in space, batched, free or periodic, differentiable.
+
+    edge i <- j with shift s   when   |v| < r,   v = pos[j] + s @ cell - pos[i]
+
+The test is `(vx*vx + vy*vy) + vz*vz < r*r` in the dtype of the coordinates, differences first, no fused multiply-add
+and no shift of the origin, so that every device finds the same edges. Of a periodic pair the difference is taken from
+the smaller index to the larger and mirrored, so that an edge and its reverse always come together.
+
+Shape letters: N points, K centres of `radius`, M edges, G graphs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moeyard import _native
+from moeyard.ops import _check, _radius_graph_grad
+from moeyard.ops._register import DTYPE_CODE, register
+
+_SCHEMA = (
+    "radius_graph(Tensor pos, Tensor? centres, float r, int? k, Tensor? batch, Tensor? batch_centres, Tensor? ptr, "
+    "Tensor? ptr_centres, Tensor? cell, Tensor? pbc, int? max_num_neighbors, bool symmetric, bool loop, bool half, "
+    "bool centre_is_source, bool geometry, SymInt? max_edges) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_FLOWS = ("source_to_target", "target_to_source")
+_MAX_POINTS = 2**31 - 1
+_MAX_EDGES = 2**48
+
+
+class RadiusGraph(NamedTuple):
+    """Edges sorted by (centre, neighbour, shift).
+
+    Fields:
+        edge_index: [2, M] int64, source above target (for `radius`: row of y above row of x).
+        distance: [M] norm of `vector`; empty without geometry.
+        vector: [M, 3] from the centre to the neighbour's image; empty without geometry.
+        cell_shift: [M, 3] int32, how many cell vectors the neighbour is moved by; empty without a cell.
+        num_neighbors: [N] ([K] for `radius`) int32, edges found per centre; their sum is `num_edges`.
+        truncated: int64 scalar, centres that had more than `max_num_neighbors` neighbours within r.
+        num_edges: int64 scalar, edges found, also when `max_edges` cuts some off.
+        overflow: bool scalar, whether `max_edges` did so.
+    """
+
+    edge_index: Tensor
+    distance: Tensor
+    vector: Tensor
+    cell_shift: Tensor
+    num_neighbors: Tensor
+    truncated: Tensor
+    num_edges: Tensor
+    overflow: Tensor
+
+
+def radius_graph(
+    pos: Tensor,
+    r: float,
+    batch: Tensor | None = None,
+    *,
+    ptr: Tensor | None = None,
+    max_num_neighbors: int | None = None,
+    symmetric: bool = False,
+    loop: bool = False,
+    flow: str = "source_to_target",
+    cell: Tensor | None = None,
+    pbc: Tensor | None = None,
+    half: bool = False,
+    geometry: bool = True,
+    max_edges: int | None = None,
+) -> RadiusGraph:
+    """Connects every point with all points of its graph that are closer than r.
+
+    Args:
+        pos: [N, 3] float32 or float64, in any unit of length.
+        r: cutoff in the same unit; an edge needs a distance strictly below it.
+        batch: [N] int64 or int32 graph of each point, sorted, any ids >= 0. Without batch and ptr all is one graph.
+        ptr: [G + 1] first point of each graph, from 0 to N; instead of `batch`.
+        max_num_neighbors: keep the nearest this many (>= 1) per centre, ties by (neighbour, shift); with `loop` the
+            point itself counts. None: no limit.
+        symmetric: with `max_num_neighbors`, keep an edge if either end keeps it; a centre may then exceed the limit.
+        loop: keep (i, i, shift 0). Edges to a point's own periodic images are always kept.
+        flow: "source_to_target" makes the centre the target (`edge_index[1]`), "target_to_source" the source.
+        cell: [3, 3], or [G, 3, 3] by graph id, cell vectors as rows, in the dtype of `pos`. Points may lie outside.
+        pbc: [3] or [G, 3] bool, the periodic axes; None with a cell: all three. Other axes' vectors are ignored.
+        half: one direction per pair: centre < neighbour, or the lexicographically positive shift of an own image.
+        geometry: False leaves `distance` and `vector` empty.
+        max_edges: fixed M. Edges beyond it are left out (`overflow`), unused ones are 0 -> 0 with vector 0 and distance
+            r; their gradient is zero.
+
+    Returns:
+        RadiusGraph.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes, devices, unsorted `batch`, `ptr` that is no partition, both of them, non-finite coordinates
+            or cells, singular cells, r not in (0, inf) or with a square that the dtype cannot hold, `half` with
+            `max_num_neighbors`, `pbc` without `cell`.
+
+    Determinism: bit-identical for any thread count and SIMD level. Autocast: `pos` keeps its dtype. Gradient:
+    `distance` and `vector` to `pos` and `cell`, twice; the distance of coincident points has gradient 0.
+
+    Source: cell lists (Hockney and Eastwood 1981; Allen and Tildesley 1987) and k-d trees (Bentley 1975).
+    """
+    _check_common(pos, "pos", batch, "batch", ptr, "ptr")
+    r = _cutoff(r)
+    _check.integer("max_num_neighbors", max_num_neighbors, minimum=1, optional=True)
+    for name, value in (("symmetric", symmetric), ("loop", loop), ("half", half)):
+        _check.flag(name, value)
+    _check.option("flow", flow, _FLOWS)
+    _check_output(cell, pbc, geometry, max_edges)
+    backwards = flow == "target_to_source"
+    return RadiusGraph(
+        *_op(
+            pos, None, r, None, batch, None, ptr, None, cell, pbc, max_num_neighbors, symmetric, loop, half, backwards,
+            geometry, max_edges,
+        )
+    )  # fmt: skip
+
+
+def radius(
+    x: Tensor,
+    y: Tensor,
+    r: float,
+    batch_x: Tensor | None = None,
+    batch_y: Tensor | None = None,
+    *,
+    ptr_x: Tensor | None = None,
+    ptr_y: Tensor | None = None,
+    max_num_neighbors: int | None = None,
+    cell: Tensor | None = None,
+    pbc: Tensor | None = None,
+    geometry: bool = True,
+    max_edges: int | None = None,
+) -> RadiusGraph:
+    """Connects every point of y with all points of x in the same graph that are closer than r.
+
+    The centres are the rows of y: `edge_index[0]` holds rows of y, `edge_index[1]` rows of x, and
+    `vector = x[edge_index[1]] + shift @ cell - y[edge_index[0]]`. Points of x and y meet where their graph ids agree.
+
+    Args:
+        x, y: [N, 3] and [K, 3], both float32 or both float64.
+        batch_x, batch_y, ptr_x, ptr_y: graphs of x and of y; see `radius_graph`. A set without them is graph 0.
+        r, max_num_neighbors, cell, pbc, geometry, max_edges: see `radius_graph`.
+
+    Returns:
+        RadiusGraph, with `num_neighbors` per row of y.
+
+    Raises, Determinism, Autocast, Gradient, Source: see `radius_graph`; gradients reach x, y and cell.
+    """
+    _check_common(x, "x", batch_x, "batch_x", ptr_x, "ptr_x")
+    _check_common(y, "y", batch_y, "batch_y", ptr_y, "ptr_y")
+    r = _cutoff(r)
+    _check.integer("max_num_neighbors", max_num_neighbors, minimum=1, optional=True)
+    _check_output(cell, pbc, geometry, max_edges)
+    return RadiusGraph(
+        *_op(
+            x, y, r, None, batch_x, batch_y, ptr_x, ptr_y, cell, pbc, max_num_neighbors, False, True, False, True,
+            geometry, max_edges,
+        )
+    )  # fmt: skip
+
+
+def knn_graph(
+    pos: Tensor,
+    k: int,
+    batch: Tensor | None = None,
+    *,
+    ptr: Tensor | None = None,
+    loop: bool = False,
+    flow: str = "source_to_target",
+    cell: Tensor | None = None,
+    pbc: Tensor | None = None,
+    geometry: bool = True,
+    max_edges: int | None = None,
+) -> RadiusGraph:
+    """Connects every point with the k nearest points of its graph, ties by (neighbour, shift).
+
+    A point has fewer neighbours where its graph holds fewer; a periodic graph always has k, counting images. Edges come
+    in the order of all three functions, (centre, neighbour, shift), not by distance.
+
+    Args:
+        pos: [N, 3] float32 or float64.
+        k: neighbours per point, >= 1; with `loop` the point itself counts.
+        batch, ptr, loop, flow, cell, pbc, geometry: see `radius_graph`.
+        max_edges: as there, but unused edges have distance 0.
+
+    Returns:
+        RadiusGraph; `truncated` is 0.
+
+    Raises: as `radius_graph`; ValueError also where a squared distance among the nearest overflows the dtype.
+
+    Determinism, Autocast, Gradient: see `radius_graph`. Source: k-d trees (Bentley 1975; Friedman et al. 1977).
+    """
+    _check_common(pos, "pos", batch, "batch", ptr, "ptr")
+    _check.integer("k", k, minimum=1)
+    _check.flag("loop", loop)
+    _check.option("flow", flow, _FLOWS)
+    _check_output(cell, pbc, geometry, max_edges)
+    backwards = flow == "target_to_source"
+    return RadiusGraph(
+        *_op(
+            pos, None, 0.0, k, batch, None, ptr, None, cell, pbc, None, False, loop, False, backwards, geometry,
+            max_edges,
+        )
+    )  # fmt: skip
+
+
+def _check_common(pos: Any, pos_name: str, batch: Any, batch_name: str, ptr: Any, ptr_name: str) -> None:
+    _check.tensor(pos_name, pos)
+    _check.tensor(batch_name, batch, optional=True)
+    _check.tensor(ptr_name, ptr, optional=True)
+
+
+def _cutoff(r: Any) -> float:
+    _check.number("r", r)
+    if isinstance(r, int) and abs(r) > 2**1023:
+        raise ValueError("r: expected a finite distance, got an int beyond float64")
+    return float(r) if isinstance(r, int) else r
+
+
+def _check_output(cell: Any, pbc: Any, geometry: Any, max_edges: Any) -> None:
+    _check.tensor("cell", cell, optional=True)
+    _check.tensor("pbc", pbc, optional=True)
+    _check.flag("geometry", geometry)
+    _check.integer("max_edges", max_edges, minimum=0, optional=True)
+
+
+# ---- checks by shape, for real and fake tensors ---------------------------------------------------------------------
+
+
+def _validate(
+    pos: Tensor, centres: Tensor | None, k: int | None, batch: Tensor | None, batch_centres: Tensor | None,
+    ptr: Tensor | None, ptr_centres: Tensor | None, cell: Tensor | None, pbc: Tensor | None,
+    max_num_neighbors: int | None, symmetric: bool, half: bool,
+) -> None:  # fmt: skip
+    two_sets = centres is not None
+    _validate_set(pos, batch, ptr, "x" if two_sets else "pos", "_x" if two_sets else "")
+    if centres is not None:
+        _validate_set(centres, batch_centres, ptr_centres, "y", "_y")
+        _check.dtype("y", centres, [pos.dtype])
+        if symmetric or half or k is not None:
+            raise ValueError("centres: expected one set of points with symmetric, half or k, got two")
+    elif batch_centres is not None or ptr_centres is not None:
+        raise ValueError("batch_centres, ptr_centres: expected None without centres")
+    if cell is not None:
+        _check.dtype("cell", cell, [pos.dtype])
+        _check.shape("cell", cell, ["G", 3, 3] if cell.dim() == 3 else [3, 3])
+    if pbc is not None:
+        if cell is None:
+            raise ValueError("pbc: expected a cell with it, got cell None")
+        _check.dtype("pbc", pbc, [torch.bool])
+        _check.shape("pbc", pbc, ["G", 3] if pbc.dim() == 2 else [3])
+    _check.same_device("x" if two_sets else "pos", pos, y=centres, cell=cell, pbc=pbc)
+    _check.integer("k", k, minimum=1, optional=True)
+    _check.integer("max_num_neighbors", max_num_neighbors, minimum=1, optional=True)
+    if half and max_num_neighbors is not None:
+        raise ValueError(f"half: expected max_num_neighbors None with it, got {max_num_neighbors}")
+
+
+def _validate_set(pos: Tensor, batch: Tensor | None, ptr: Tensor | None, name: str, suffix: str) -> None:
+    _check.dtype(name, pos, [torch.float32, torch.float64])
+    _check.shape(name, pos, ["N", 3])
+    if batch is not None and ptr is not None:
+        raise ValueError(f"batch{suffix}, ptr{suffix}: expected at most one of them, got both")
+    if batch is not None:
+        _check.dtype(f"batch{suffix}", batch, [torch.int64, torch.int32])
+        _check.shape(f"batch{suffix}", batch, [pos.shape[0]])
+        _check.same_device(name, pos, **{f"batch{suffix}": batch})
+    if ptr is not None:
+        _check.dtype(f"ptr{suffix}", ptr, [torch.int64, torch.int32])
+        _check.shape(f"ptr{suffix}", ptr, ["G + 1"])
+        if ptr.shape[0] == 0:
+            raise ValueError(f"ptr{suffix}: expected at least one entry, got none")
+        _check.same_device(name, pos, **{f"ptr{suffix}": ptr})
+
+
+# ---- implementations ------------------------------------------------------------------------------------------------
+
+
+def _cpu(
+    pos: Tensor, centres: Tensor | None, r: float, k: int | None, batch: Tensor | None, batch_centres: Tensor | None,
+    ptr: Tensor | None, ptr_centres: Tensor | None, cell: Tensor | None, pbc: Tensor | None,
+    max_num_neighbors: int | None, symmetric: bool, loop: bool, half: bool, centre_is_source: bool, geometry: bool,
+    max_edges: int | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    _validate(pos, centres, k, batch, batch_centres, ptr, ptr_centres, cell, pbc, max_num_neighbors, symmetric, half)
+    for name, xyz in (("pos" if centres is None else "x", pos), ("y", centres)):
+        if xyz is not None and xyz.shape[0] > _MAX_POINTS:
+            raise ValueError(f"{name}: expected at most 2^31 - 1 points, got {xyz.shape[0]}")
+    if max_edges is not None and max_edges > _MAX_EDGES:
+        raise ValueError(f"max_edges: expected at most 2^48, got {max_edges}")
+    cpu, threads, code = _native.cpu, torch.get_num_threads(), DTYPE_CODE[pos.dtype]
+    kept: list[Tensor] = []  # the contiguous copies, alive until the end of the call
+    points = cpu.PointSet(*_set(pos, batch, ptr, kept))
+    homes = cpu.PointSet(*_set(centres, batch_centres, ptr_centres, kept))
+    periodic = cpu.Periodicity(
+        _address(cell, kept), cell.shape[0] if cell is not None and cell.dim() == 3 else -1,
+        _address(pbc, kept), pbc.shape[0] if pbc is not None and pbc.dim() == 2 else -1,
+    )  # fmt: skip
+    hits = cpu.radius_graph_search(
+        code, points, homes, periodic, r, k or -1, max_num_neighbors or -1, symmetric, loop, half, threads
+    )
+    m = hits.num_edges if max_edges is None else max_edges
+    out = _outputs(pos, centres, cell, geometry, m)
+    edge_index, distance, vector, cell_shift, num_neighbors = out
+    cpu.radius_graph_fill(
+        hits, code, points, homes, periodic, m,
+        edge_index[0 if centre_is_source else 1].data_ptr(), edge_index[1 if centre_is_source else 0].data_ptr(),
+        distance.data_ptr() if geometry else 0, vector.data_ptr() if geometry else 0,
+        cell_shift.data_ptr() if cell is not None else 0, num_neighbors.data_ptr(), r if k is None else 0.0, threads,
+    )  # fmt: skip
+    return *out, torch.tensor(hits.truncated), torch.tensor(hits.num_edges), torch.tensor(hits.num_edges > m)
+
+
+def _set(pos: Tensor | None, batch: Tensor | None, ptr: Tensor | None, kept: list[Tensor]) -> tuple[int, ...]:
+    """Arguments of the native PointSet."""
+    if pos is None:
+        return 0, 0, 0, 0, 0
+    batch = None if batch is None else batch.to(torch.int64)
+    ptr = None if ptr is None else ptr.to(torch.int64)
+    graphs = 0 if ptr is None else ptr.shape[0] - 1
+    return _address(pos, kept), pos.shape[0], _address(batch, kept), _address(ptr, kept), graphs
+
+
+def _address(value: Tensor | None, kept: list[Tensor]) -> int:
+    """Zero means none to the native code, so an empty tensor gets an address as well."""
+    if value is None:
+        return 0
+    kept.append(value.contiguous() if value.numel() else value.new_zeros(1))
+    return kept[-1].data_ptr()
+
+
+def _outputs(pos: Tensor, centres: Tensor | None, cell: Tensor | None, geometry: bool, m: Any) -> tuple[Tensor, ...]:
+    per_edge = m if geometry else 0
+    return (
+        pos.new_empty((2, m), dtype=torch.int64),
+        pos.new_empty((per_edge,)),
+        pos.new_empty((per_edge, 3)),
+        pos.new_empty((m if cell is not None else 0, 3), dtype=torch.int32),
+        pos.new_empty(((pos if centres is None else centres).shape[0],), dtype=torch.int32),
+    )
+
+
+def _fake(
+    pos: Tensor, centres: Tensor | None, r: float, k: int | None, batch: Tensor | None, batch_centres: Tensor | None,
+    ptr: Tensor | None, ptr_centres: Tensor | None, cell: Tensor | None, pbc: Tensor | None,
+    max_num_neighbors: int | None, symmetric: bool, loop: bool, half: bool, centre_is_source: bool, geometry: bool,
+    max_edges: int | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    _validate(pos, centres, k, batch, batch_centres, ptr, ptr_centres, cell, pbc, max_num_neighbors, symmetric, half)
+    m = torch.library.get_ctx().new_dynamic_size() if max_edges is None else max_edges
+    scalars = (pos.new_empty((), dtype=d) for d in (torch.int64, torch.int64, torch.bool))
+    return *_outputs(pos, centres, cell, geometry, m), *scalars
+
+
+class _Autograd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        out: tuple[Tensor, ...] = _op.below(*args)
+        _radius_graph_grad.save(ctx, args, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return _radius_graph_grad.input_gradients(ctx, grads[1], grads[2])
+
+
+_op = register(_SCHEMA, cpu=_cpu, fake=_fake, autograd=_Autograd)
