@@ -69,7 +69,7 @@ def test_twenty_steps(tmp_path: Path) -> None:
     for r in records:
         assert r["atoms"] <= 100
         assert sum(map(sum, r["experts"][0])) == 2 * r["atoms"]
-    for name in ("loss.png", "experts.png", "throughput.png"):
+    for name in ("overview.png", "loss.png", "experts.png", "throughput.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / name).stat().st_size > 10_000
     config = json.loads((tmp_path / "config.json").read_text())

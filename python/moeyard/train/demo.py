@@ -267,15 +267,16 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-PLOTS = ("loss.png", "experts.png", "throughput.png")
+PLOTS = ("overview.png", "loss.png", "experts.png", "throughput.png")
 
 
 def draw(out: Path, records: Sequence[dict[str, Any]], domains: Sequence[str]) -> None:
-    """The three plots; those of an earlier run go when there is nothing to draw."""
+    """The plots; those of an earlier run go when there is nothing to draw."""
     if not records:
         for name in PLOTS:
             (out / name).unlink(missing_ok=True)
         return
+    plots.plot_overview(records, out / "overview.png")
     plots.plot_loss(records, out / "loss.png")
     plots.plot_experts(records, out / "experts.png", domains)
     plots.plot_throughput(records, out / "throughput.png")

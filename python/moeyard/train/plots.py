@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 Records = Sequence[dict[str, Any]]
@@ -36,27 +38,43 @@ def _span(records: Records) -> int:
     return max(len(records) // 20, 1)
 
 
+def plot_overview(records: Records, path: Path) -> None:
+    """Loss and expert usage side by side: the run at one glance."""
+    figure = Figure(figsize=(11, 4), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    _draw_loss(left, records)
+    share = _shares(_late_usage(records).sum(axis=1))
+    image = _draw_usage(right, share, float(share.max()))
+    right.set_title("Expert usage, % of slots")
+    figure.colorbar(image, ax=right)
+    figure.savefig(path)
+
+
 def plot_loss(records: Records, path: Path) -> None:
     """Loss, noise and element loss over steps: raw in pale, smoothed in full colour."""
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes = figure.subplots()
+    _draw_loss(figure.subplots(), records)
+    figure.savefig(path)
+
+
+def _draw_loss(axes: Axes, records: Records) -> None:
     steps = _column(records, "step")
     for name, label in (("loss", "total"), ("loss_noise", "coordinate noise"), ("loss_element", "masked elements")):
         values = _column(records, name)
         (line,) = axes.plot(steps, values, linewidth=0.6, alpha=0.3)
         axes.plot(steps, smoothed(values, _span(records)), color=line.get_color(), linewidth=1.8, label=label)
     axes.set(xlabel="step", ylabel="loss", title="Training loss", yscale="log")
-    # 0.5 and 2, not powers of ten.
+    # 0.5, 1, 2, not powers of ten.
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    figure.savefig(path)
 
 
 def plot_experts(records: Records, path: Path, domains: Sequence[str]) -> None:
     """Share of the slots per layer and expert, over the last half of the run: all domains, then each that occurs."""
-    usage = np.sum([np.array(r["experts"]) for r in records[len(records) // 2 :]], axis=0)
+    usage = _late_usage(records)
     panels = [("all", usage.sum(axis=1))]
     if len(domains) > 1:
         panels += [(name, usage[:, d]) for d, name in enumerate(domains) if usage[:, d].any()]
@@ -66,14 +84,11 @@ def plot_experts(records: Records, path: Path, domains: Sequence[str]) -> None:
     width = min(max(0.4 * experts, 2.6), 8.0) * columns + 1.2
     figure = Figure(figsize=(width, (0.45 * layers + 0.9) * rows + 0.5), dpi=120, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
-    shares = [counts / np.maximum(counts.sum(axis=1, keepdims=True), 1) for _, counts in panels]
+    shares = [_shares(counts) for _, counts in panels]
     top = max(float(share.max()) for share in shares)
     for axes, (title, _), share in zip(grid.flat, panels, shares, strict=False):
-        image = axes.imshow(share, vmin=0.0, vmax=top, cmap="viridis", aspect="auto")
-        axes.set(xlabel="expert", ylabel="layer", title=title, xticks=range(experts), yticks=range(layers))
-        # Numbers in the cells for as long as they can be read.
-        if experts <= 16:
-            _write_percents(axes, share, top)
+        image = _draw_usage(axes, share, top)
+        axes.set_title(title)
         axes.label_outer()
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
@@ -82,10 +97,29 @@ def plot_experts(records: Records, path: Path, domains: Sequence[str]) -> None:
     figure.savefig(path)
 
 
-def _write_percents(axes: Axes, share: NDArray[np.float64], top: float) -> None:
-    for (layer, expert), value in np.ndenumerate(share):
-        colour = "black" if value > 0.6 * top else "white"
-        axes.text(expert, layer, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=7)
+def _late_usage(records: Records) -> NDArray[np.int64]:
+    """[L,D,E] slots over the last half of the run, when routing has settled."""
+    usage: NDArray[np.int64] = np.sum([np.array(r["experts"]) for r in records[len(records) // 2 :]], axis=0)
+    return usage
+
+
+def _shares(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """[L,E] counts -> shares of each layer."""
+    shares: NDArray[np.float64] = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    return shares
+
+
+def _draw_usage(axes: Axes, share: NDArray[np.float64], top: float) -> AxesImage:
+    layers, experts = share.shape
+    image = axes.imshow(share, vmin=0.0, vmax=top, cmap="viridis", aspect="auto")
+    axes.set(xlabel="expert", ylabel="layer", yticks=range(layers))
+    # Every expert named, and its number in the cell, for as long as they can be read.
+    if experts <= 16:
+        axes.set_xticks(range(experts))
+        for (layer, expert), value in np.ndenumerate(share):
+            colour = "black" if value > 0.6 * top else "white"
+            axes.text(expert, layer, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=7)
+    return image
 
 
 def plot_throughput(records: Records, path: Path) -> None:
