@@ -1,6 +1,8 @@
 # Each target sets up what it needs: Python 3.11 or newer, make and a C++ compiler are enough.
 PYTHON ?= python3
 VENV ?= .venv
+# Sleeping instead of spinning OpenMP threads: on a busy machine that is ten times faster.
+export OMP_WAIT_POLICY ?= PASSIVE
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt README.md \
