@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
 import statistics
@@ -33,6 +32,7 @@ from moeyard.data.structures import StructureTable, embed_molecules, read_struct
 from moeyard.models import StructureEncoderConfig
 from moeyard.train import plots
 from moeyard.train.callbacks import CollapseAlarm, MetricsWriter, PlainProgress, StopOnInterrupt
+from moeyard.train.files import write_json
 from moeyard.train.loading import RepeatedEpochs, ignore_interrupt
 from moeyard.train.pretraining import PretrainingConfig, StructurePretraining
 
@@ -136,7 +136,7 @@ def run_demo(
     seconds = time.perf_counter() - started
     summary = summarize(options, table, writer.records, seconds, alarm.warnings, skipped, stop.interrupted)
     draw(options.out, writer.records, table.domains)
-    (options.out / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+    write_json(options.out / "summary.json", asdict(summary))
     return summary
 
 
@@ -299,7 +299,7 @@ def write_config(options: DemoOptions, model: StructurePretraining) -> None:
         "threads": torch.get_num_threads(),
         "machine": f"{platform.system()} {platform.machine()}",
     }
-    (options.out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(options.out / "config.json", config)
 
 
 def _writable_folder(out: Path) -> None:
