@@ -7,12 +7,15 @@ keyword arguments of the public function, so that a case reads like a call.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
+from torch._inductor import config as inductor_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 
@@ -145,15 +148,9 @@ class OpContract:
 
     @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
     def test_compile(self, backend: str) -> None:
-        """One graph, static and dynamic shapes, values and gradients equal to eager.
-
-        Without torch's caches on disk: they do not know when an op's schema or code has changed.
-        """
-        torch._dynamo.reset()
+        """One graph, static and dynamic shapes, values and gradients equal to eager."""
         dtype = self.grad_dtype() if self.differentiable else self.main_dtype()
-        no_caches = torch.compiler.config.patch(force_disable_caches=True)
-        dynamic = torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True)
-        with no_caches, dynamic:
+        with compiling():
             compiled = torch.compile(self.function, fullgraph=True, backend=backend)
             for seed in (0, 1):
                 inputs = self.inputs(dtype, seed=seed)
@@ -293,6 +290,19 @@ class record(TorchDispatchMode):
         if func.namespace == "moeyard" and all(func is not op for op, _ in self.calls):
             self.calls.append((func, tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args)))
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Outputs may have data-dependent sizes, and torch's caches on disk are off: they do not know when an op's schema or
+    code has changed."""
+    torch._dynamo.reset()
+    with (
+        functorch_config.patch(enable_autograd_cache=False),
+        inductor_config.patch(fx_graph_cache=False),
+        torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True),
+    ):
+        yield
 
 
 def as_tuple(out: Any) -> tuple[Tensor, ...]:

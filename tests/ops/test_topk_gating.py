@@ -13,7 +13,7 @@ from torch import Tensor
 
 import moeyard
 from moeyard.ops._topk_gating_reference import topk_gating_reference
-from ops.contract import Inputs, OpContract
+from ops.contract import Inputs, OpContract, compiling
 
 INF, NAN = math.inf, math.nan
 SCORES = ("softmax", "softmax_topk", "sigmoid", "sqrtsoftplus")
@@ -382,8 +382,7 @@ def test_compile_with_data_dependent_rows() -> None:
         return moeyard.topk_gating(rows, 2, forced_experts=forced).weights[:, 1].sum()
 
     x = torch.randn(9, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    no_caches = torch.compiler.config.patch(force_disable_caches=True)
-    with no_caches, torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+    with compiling():
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x), function(x))
         got, want = (torch.autograd.grad(f(x), x)[0] for f in (compiled, function))
