@@ -294,8 +294,7 @@ class record(TorchDispatchMode):
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Outputs may have data-dependent sizes, and torch's caches on disk are off: they do not know when an op's schema or
-    code has changed."""
+    """Outputs may have data-dependent sizes; no caches on disk, which do not know when an op has changed."""
     torch._dynamo.reset()
     with (
         functorch_config.patch(enable_autograd_cache=False),
