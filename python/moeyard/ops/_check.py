@@ -19,8 +19,11 @@ def tensor(name: str, value: Any, *, optional: bool = False) -> None:
         return
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor{' or None' if optional else ''}, got {type(value).__name__}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got {kind}")
+    if value.is_quantized:
+        raise TypeError(f"{name}: expected a tensor that is not quantized, got dtype {value.dtype}")
 
 
 def dtype(name: str, value: Tensor, allowed: Iterable[torch.dtype]) -> None:
@@ -70,5 +73,5 @@ def flag(name: str, value: Any) -> None:
 
 
 def option(name: str, value: Any, allowed: Sequence[str]) -> None:
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(repr(a) for a in allowed)}, got {value!r}")
