@@ -17,18 +17,21 @@ P = points(6, 1.0, torch.float32, 0)
 NAN = float("nan")
 EYE = torch.eye(3)
 BIG = 10**400
-QUANTIZED = torch.quantize_per_tensor(P, 0.1, 0, torch.qint8)
 
 
 def ints(*values: int) -> Tensor:
     return torch.tensor(values)
 
 
+def quantized() -> Tensor:
+    return torch.quantize_per_tensor(P, 0.1, 0, torch.qint8)
+
+
 def with_row(value: float) -> Tensor:
     return torch.tensor([[0.0, 0, 0], [0, value, 0]])
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.filterwarnings("ignore:.*(nested tensors|quantize)")
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -38,9 +41,9 @@ def with_row(value: float) -> Tensor:
         (lambda: moeyard.radius_graph(P[:, :2], 1.0), ValueError, r"pos: expected shape \[N, 3\], got \[6, 2\]"),
         (lambda: moeyard.radius_graph(P[0], 1.0), ValueError, r"pos: expected shape \[N, 3\]"),
         (lambda: moeyard.radius_graph(P.to_sparse(), 1.0), TypeError, "pos: expected a dense"),
-        (lambda: moeyard.radius_graph(QUANTIZED, 1.0), TypeError, "pos: expected a tensor that is not quantized"),
-        (lambda: moeyard.radius_graph(P, 1.0, QUANTIZED), TypeError, "batch: expected a tensor that is not quantized"),
-        (lambda: moeyard.radius(P, torch.nested.nested_tensor([P]), 1.0), TypeError, "y: expected a dense .* got a nested tensor"),
+        (lambda: moeyard.radius_graph(quantized(), 1.0), TypeError, "pos: expected a tensor that is not quantized"),
+        (lambda: moeyard.radius_graph(P, 1.0, quantized()), TypeError, "batch: expected a tensor that is not quantized"),
+        (lambda: moeyard.radius(P, torch.nested.nested_tensor([P]), 1.0), TypeError, "y: expected a dense .* nested"),
         (lambda: moeyard.radius_graph(with_row(NAN), 1.0), ValueError, "pos: expected finite .* got nan in row 1"),
         (lambda: moeyard.knn_graph(with_row(float("inf")), 1), ValueError, "pos: expected finite .* got inf in row 1"),
         (lambda: moeyard.radius(with_row(NAN), P, 1.0), ValueError, "x: expected finite"),
