@@ -36,10 +36,20 @@ def dtype(name: str, value: Tensor, allowed: Iterable[torch.dtype]) -> None:
 def shape(name: str, value: Tensor, expected: Sequence[int | str]) -> None:
     """ValueError unless the shape fits; a letter stands for any size: `shape("x", x, ["T", 3])`."""
     if value.dim() != len(expected) or any(
-        not isinstance(e, str) and s != e for s, e in zip(value.shape, expected, strict=True)
+        not isinstance(e, str) and _differ(s, e) for s, e in zip(value.shape, expected, strict=True)
     ):
         want = ", ".join(str(e) for e in expected)
         raise ValueError(f"{name}: expected shape [{want}], got {list(value.shape)}")
+
+
+def _differ(size: int | torch.SymInt, expected: int | torch.SymInt) -> bool:
+    """Sizes that `torch.compile` cannot compare, because data decide on them, pass: they are compared at run time."""
+    different = size != expected
+    if isinstance(different, bool):
+        return different
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return bool(guard_or_false(different))
 
 
 def same_device(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
