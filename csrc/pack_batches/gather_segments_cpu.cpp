@@ -24,14 +24,10 @@ void add_items(void* items, int64_t n, int64_t number) {
 
 void add_to(void* items, int64_t n, int64_t item_bytes, int64_t number) {
   switch (item_bytes) {
-    case 1:
-      return add_items<uint8_t>(items, n, number);
-    case 2:
-      return add_items<uint16_t>(items, n, number);
-    case 4:
-      return add_items<uint32_t>(items, n, number);
-    default:
-      return add_items<uint64_t>(items, n, number);
+    case 1: return add_items<uint8_t>(items, n, number);
+    case 2: return add_items<uint16_t>(items, n, number);
+    case 4: return add_items<uint32_t>(items, n, number);
+    default: return add_items<uint64_t>(items, n, number);
   }
 }
 

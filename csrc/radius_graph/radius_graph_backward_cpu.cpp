@@ -63,6 +63,9 @@ void add_outer(const int32_t* s, const Vec3<T>& y, double* sum) {
     for (int c = 0; c < 3; ++c) sum[3 * k + c] += double(s[k]) * v[c];
 }
 
+/// Makes graph_of() safe: the forward has checked its own arguments, but anyone can call the op below autograd.
+void check_graphs(const PointSet& centres) { graph_runs(centres, {"centres", "batch_centres", "ptr_centres"}); }
+
 template <class T>
 void backward(const RadiusEdges& edges, int64_t num_points, const PointSet& centres, int64_t num_cells, T* grad_points,
               T* grad_centres, T* grad_cell, int threads) {
@@ -94,10 +97,11 @@ void backward(const RadiusEdges& edges, int64_t num_points, const PointSet& cent
     }
   });
   if (!grad_cell) return;
+  check_graphs(centres);
   std::vector<double> total(size_t(9 * (num_cells < 0 ? 1 : num_cells)), 0.0);
   for (int64_t i = 0; i < centres.count; ++i) {
     const int64_t g = num_cells < 0 ? 0 : graph_of(centres, i);
-    if (g >= std::max<int64_t>(num_cells, 1)) continue;  // a graph without edges may lie beyond the cells
+    if (num_cells >= 0 && g >= num_cells) continue;  // a graph without edges may lie beyond the cells
     for (int k = 0; k < 9; ++k) total[size_t(9 * g + k)] += cell_part[size_t(9 * i + k)];
   }
   std::copy(total.begin(), total.end(), grad_cell);
@@ -130,6 +134,7 @@ void double_backward(const EdgeDouble<T>& edge, int64_t num_points, const PointS
                      const T* gg_points, const T* gg_centres, const T* gg_cell, int threads) {
   const RadiusEdges& edges = edge.edges;
   if (!gg_centres) gg_centres = gg_points;
+  if (gg_cell) check_graphs(centres);
   parallel_for(edges.capacity, kEdgeGrain, threads, [&](int64_t begin, int64_t end) {
     for (int64_t e = begin; e < end; ++e) {
       if (e >= used(edges)) {
@@ -143,7 +148,10 @@ void double_backward(const EdgeDouble<T>& edge, int64_t num_points, const PointS
       T g[3];
       for (int c = 0; c < 3; ++c) g[c] = gg_points[3 * j + c] - gg_centres[3 * i + c];
       if (gg_cell) {
-        const T* cell = gg_cell + (num_cells < 0 ? 0 : 9 * graph_of(centres, i));
+        const int64_t graph = num_cells < 0 ? 0 : graph_of(centres, i);
+        if (num_cells >= 0 && graph >= num_cells)
+          fail_value("cell_shape: expected a cell for every graph, got ", num_cells, " cells for graph id ", graph);
+        const T* cell = gg_cell + 9 * graph;
         for (int k = 0; k < 3; ++k)
           for (int c = 0; c < 3; ++c) g[c] += T(edges.cell_shift[3 * e + k]) * cell[3 * k + c];
       }

@@ -265,14 +265,14 @@ class GraphSearch {
   // itself per length, which bounds what can ever be needed.
   double first_radius(double& bound) const {
     bound = (0.5 * double(call_.options.k) + 1) * lattice_.shortest();
-    double volume = 1;
+    double side = std::cbrt(double(call_.options.k + 1) / double(centres_.n));  // roots first: a volume can underflow
     for (int k = 0; k < 3; ++k) {
       double low = home_centres_.fraction[size_t(k)], high = low;
       for (size_t i = size_t(k); i < home_centres_.fraction.size(); i += 3)
         low = std::min(low, home_centres_.fraction[i]), high = std::max(high, home_centres_.fraction[i]);
-      volume *= lattice_.periodic[k] ? lattice_.spacing[k] : std::max(high - low, bound);
+      side *= std::cbrt(lattice_.periodic[k] ? lattice_.spacing[k] : std::max(high - low, bound));
     }
-    return std::min(bound, std::cbrt(volume * double(call_.options.k + 1) / double(centres_.n)));
+    return std::min(bound, side);
   }
 
   void nearest_periodic(int threads) {

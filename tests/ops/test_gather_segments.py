@@ -203,6 +203,7 @@ INDEX = torch.tensor([2, 0])
         ({"add": INDEX, "values": VALUES.bool()}, TypeError, "values .with add.: expected dtype"),
         ({"total": 4}, ValueError, "total: expected at least 5 .*got 4"),
         ({"total": -1}, ValueError, "total: expected at least 0"),
+        *(({"total": n}, ValueError, r"total: expected fewer than 2\^63 bytes") for n in (2**62, 2**63 - 1)),
         ({"total": 5.0}, TypeError, "total: expected an int or None"),
     ],
 )
@@ -223,6 +224,8 @@ def test_backward_checks_its_arguments() -> None:
         backward(torch.ones(4), PTR, INDEX, 5)
     with pytest.raises(ValueError, match="for segment 2"):
         backward(torch.ones(5), PTR, INDEX, 4)
+    with pytest.raises(ValueError, match=r"num_values: expected fewer than 2\^63 bytes"):
+        backward(torch.ones(5), PTR, INDEX, 2**62)
     with pytest.raises(TypeError, match="grad: expected dtype"):
         backward(torch.ones(5).int(), PTR, INDEX, 5)
 

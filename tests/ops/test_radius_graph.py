@@ -255,3 +255,21 @@ def test_shifts_belong_to_the_coordinates_given() -> None:
     assert edges(near) == [(0, 1, -1, 0, 0), (1, 0, 1, 0, 0)]
     assert edges(moved) == [(0, 1, 1, -3, 0), (1, 0, -1, 3, 0)]
     assert torch.equal(near.vector, moved.vector)
+
+
+def test_compiles_with_sizes_from_data() -> None:
+    """Points and graph ids picked by two masks: their sizes are equal only at run time, and are checked there."""
+
+    @torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+    def compiled(mask: Tensor) -> Tensor:
+        def function(pos: Tensor, batch: Tensor, some: Tensor, others: Tensor) -> Tensor:
+            return moeyard.radius_graph(pos[some.nonzero()[:, 0]], 1.0, batch[others.nonzero()[:, 0]]).edge_index
+
+        run = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+        return run(points(20, 2.0, F64, 0), torch.arange(20) // 10, torch.arange(20) % 3 > 0, mask)
+
+    mask = torch.arange(20) % 3 > 0
+    want = moeyard.radius_graph(points(20, 2.0, F64, 0)[mask], 1.0, (torch.arange(20) // 10)[mask])
+    assert torch.equal(compiled(mask), want.edge_index)
+    with pytest.raises(ValueError, match="batch: expected shape"):
+        compiled(torch.ones(20, dtype=torch.bool))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -22,10 +23,15 @@ def ints(*values: int) -> Tensor:
     return torch.tensor(values)
 
 
+def quantized() -> Tensor:
+    return torch.quantize_per_tensor(P, 0.1, 0, torch.qint8)
+
+
 def with_row(value: float) -> Tensor:
     return torch.tensor([[0.0, 0, 0], [0, value, 0]])
 
 
+@pytest.mark.filterwarnings("ignore:.*(nested tensors|quantize)")
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -35,6 +41,9 @@ def with_row(value: float) -> Tensor:
         (lambda: moeyard.radius_graph(P[:, :2], 1.0), ValueError, r"pos: expected shape \[N, 3\], got \[6, 2\]"),
         (lambda: moeyard.radius_graph(P[0], 1.0), ValueError, r"pos: expected shape \[N, 3\]"),
         (lambda: moeyard.radius_graph(P.to_sparse(), 1.0), TypeError, "pos: expected a dense"),
+        (lambda: moeyard.radius_graph(quantized(), 1.0), TypeError, "pos: expected a tensor that is not quantized"),
+        (lambda: moeyard.radius_graph(P, 1.0, quantized()), TypeError, "batch: .* not quantized"),
+        (lambda: moeyard.radius(P, torch.nested.nested_tensor([P]), 1.0), TypeError, "y: expected a dense .* nested"),
         (lambda: moeyard.radius_graph(with_row(NAN), 1.0), ValueError, "pos: expected finite .* got nan in row 1"),
         (lambda: moeyard.knn_graph(with_row(float("inf")), 1), ValueError, "pos: expected finite .* got inf in row 1"),
         (lambda: moeyard.radius(with_row(NAN), P, 1.0), ValueError, "x: expected finite"),
@@ -77,6 +86,7 @@ def with_row(value: float) -> Tensor:
         (lambda: moeyard.radius_graph(P, 1.0, half="no"), TypeError, "half: expected True or False"),
         (lambda: moeyard.radius_graph(P, 1.0, geometry=0), TypeError, "geometry: expected True or False"),
         (lambda: moeyard.radius_graph(P, 1.0, flow="up"), ValueError, "flow: expected one of"),
+        (lambda: moeyard.knn_graph(P, 2, flow=np.zeros(3)), ValueError, "flow: expected one of"),
         (lambda: moeyard.radius_graph(P, 1.0, max_edges=-1), ValueError, "max_edges: expected at least 0"),
         (lambda: moeyard.radius_graph(P, 1.0, max_edges=2**60), ValueError, r"max_edges: expected at most 2\^48"),
         (lambda: moeyard.radius_graph(P, 1.0, max_edges=2.0), TypeError, "max_edges: expected an int"),
@@ -217,3 +227,48 @@ def test_double_backward_op_is_checked() -> None:
     torch.library.opcheck(double, (pos, none, torch.zeros(0, 3, 3, dtype=F64), *args))
     with pytest.raises(ValueError, match="gg_points"):
         double(pos[:2], none, torch.zeros(0, 3, 3, dtype=F64), *args)
+
+
+def test_radius_graph_op_is_checked() -> None:
+    """The op itself, with what the public functions cannot pass on."""
+    good: dict[str, Any] = {"pos": P, "centres": None, "r": 1.0, "k": None}
+    good |= dict.fromkeys(("batch", "batch_centres", "ptr", "ptr_centres", "cell", "pbc", "cap"))
+    good |= dict.fromkeys(("symmetric", "loop", "half", "backwards"), False) | {"geometry": True, "max_edges": None}
+    op = torch.ops.moeyard.radius_graph
+    assert len(op(*good.values())) == 8
+    bad: dict[str, Any]
+    for bad in ({"max_edges": -1}, {"k": 2, "cap": 1}, {"k": 2, "half": True}, {"k": 2, "symmetric": True}):
+        with pytest.raises(ValueError, match=r"max_edges: expected|k: expected no"):
+            op(*{**good, **bad}.values())
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_graphs_of_the_backward_are_checked(second: bool) -> None:
+    """Graph ids pick rows of the cell's gradient: wrong ones must not reach memory outside it."""
+    pos, cells, batch = P.double(), torch.eye(3, dtype=F64).expand(2, 3, 3), ints(0, 0, 0, 1, 1, 1)
+    g = moeyard.radius_graph(pos, 1.2, batch, cell=cells)
+    good: dict[str, Any] = {"gd": g.distance, "gv": None, "index": g.edge_index, "d": g.distance, "v": g.vector}
+    good |= {"shift": g.cell_shift, "num_edges": g.num_edges, "batch": batch, "ptr": None, "num_points": 6}
+    good |= {"num_centres": None, "cell_shape": [2, 3, 3], "backwards": False}
+    op = torch.ops.moeyard.radius_graph_double_backward if second else torch.ops.moeyard.radius_graph_backward
+    gg = (pos, pos[:0], cells) if second else ()
+    assert len(op(*gg, *good.values())) == 3 + second
+    cases: list[tuple[dict[str, Any], str]] = [
+        *(({"batch": b}, "batch_centres: expected") for b in (ints(0), ints(*[-1] * 6), batch.float(), batch[None])),
+        *(({"ptr": p, "batch": None}, "ptr_centres: ex") for p in (ints(3, 6), ints(0, 2**40), ints(0, 9, 6))),
+        ({"ptr": batch[:0], "batch": None}, "ptr_centres: expected at least one"),
+        *(({"cell_shape": s}, "cell_shape: expected") for s in ([], [5], [-1, 3, 3], [1, 2, 3, 3], [2**62, 3, 3])),
+        *(({"num_points": n}, "num_points: expected") for n in (-1, 2**62)),
+        *(({"num_centres": n}, "num_centres: expected") for n in (-1, 2**62)),
+        ({"ptr": ints(0, 6)}, "batch_centres, ptr_centres: .* got both"),
+    ]
+    for bad, message in cases:
+        with pytest.raises((ValueError, TypeError), match=message):
+            op(*gg, *{**good, **bad}.values())
+    beyond = {**good, "batch": ints(0, 0, 0, *[2**40] * 3)}
+    if second:
+        with pytest.raises(ValueError, match="cell_shape: expected a cell for every graph"):
+            op(*gg, *beyond.values())
+    else:
+        assert op(*beyond.values())[2][1].abs().sum() == 0
+        assert op(*{**good, "cell_shape": [0, 3, 3]}.values())[2].shape == (0, 3, 3)

@@ -287,6 +287,12 @@ def test_knn_of_a_lone_atom_in_a_large_cell() -> None:
     torch.testing.assert_close(graph.distance.view(61, 4).sort(1).values, torch.from_numpy(want[:, 1:]))
 
 
+def test_knn_in_a_cell_whose_volume_underflows() -> None:
+    graph = moeyard.knn_graph(torch.zeros(1, 3, dtype=F64), 20, cell=torch.eye(3, dtype=F64) * 1e-120)
+    assert graph.num_edges.item() == 20
+    assert graph.cell_shift.abs().max() == 1
+
+
 PROBE = """
 import hashlib, torch, moeyard
 digest = hashlib.sha256()

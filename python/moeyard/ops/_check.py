@@ -19,8 +19,11 @@ def tensor(name: str, value: Any, *, optional: bool = False) -> None:
         return
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor{' or None' if optional else ''}, got {type(value).__name__}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got {kind}")
+    if value.is_quantized:
+        raise TypeError(f"{name}: expected a tensor that is not quantized, got dtype {value.dtype}")
 
 
 def dtype(name: str, value: Tensor, allowed: Iterable[torch.dtype]) -> None:
@@ -33,10 +36,20 @@ def dtype(name: str, value: Tensor, allowed: Iterable[torch.dtype]) -> None:
 def shape(name: str, value: Tensor, expected: Sequence[int | str]) -> None:
     """ValueError unless the shape fits; a letter stands for any size: `shape("x", x, ["T", 3])`."""
     if value.dim() != len(expected) or any(
-        not isinstance(e, str) and s != e for s, e in zip(value.shape, expected, strict=True)
+        not isinstance(e, str) and _differ(s, e) for s, e in zip(value.shape, expected, strict=True)
     ):
         want = ", ".join(str(e) for e in expected)
         raise ValueError(f"{name}: expected shape [{want}], got {list(value.shape)}")
+
+
+def _differ(size: int | torch.SymInt, expected: int | torch.SymInt) -> bool:
+    """Sizes that `torch.compile` cannot compare, because data decide on them, pass: they are compared at run time."""
+    different = size != expected
+    if isinstance(different, bool):
+        return different
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return bool(guard_or_false(different))
 
 
 def same_device(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
@@ -70,5 +83,5 @@ def flag(name: str, value: Any) -> None:
 
 
 def option(name: str, value: Any, allowed: Sequence[str]) -> None:
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(repr(a) for a in allowed)}, got {value!r}")

@@ -81,8 +81,8 @@ class _Edges:
         centre_is_source: bool,
     ) -> None:
         self.kept: list[Tensor] = []
-        m = distance.shape[0]
         _check.shape("distance", distance, ["M"])
+        m = distance.shape[0]
         _check.dtype("distance", distance, [torch.float32, torch.float64])
         float_dtype, shift_rows = distance.dtype, 0 if cell_shape is None else m
         for name, value, dtype, shape in (
@@ -96,6 +96,8 @@ class _Edges:
             if value is not None:
                 _check.dtype(name, value, [dtype])
                 _check.shape(name, value, shape)
+                _check.same_device("distance", distance, **{name: value})
+        _check_nodes(distance, batch, ptr, num_points, num_centres, cell_shape)
         rows = self.address(edge_index)
         centre, neighbour = (rows, rows + 8 * m) if centre_is_source else (rows + 8 * m, rows)
         self.edges = _native.cpu.RadiusEdges(
@@ -116,6 +118,29 @@ class _Edges:
             return 0
         self.kept.append(value.contiguous())
         return self.kept[-1].data_ptr()
+
+
+def _check_nodes(
+    distance: Tensor, batch: Tensor | None, ptr: Tensor | None, num_points: int, num_centres: int | None,
+    cell_shape: list[int] | None,
+) -> None:  # fmt: skip
+    count = num_points if num_centres is None else num_centres
+    for name, number in (("num_points", num_points), ("num_centres", count)):
+        if not 0 <= number < 2**31:
+            raise ValueError(f"{name}: expected 0 to 2^31 - 1, got {number}")
+    if batch is not None and ptr is not None:
+        raise ValueError("batch_centres, ptr_centres: expected at most one of them, got both")
+    for name, ids, shape in (("batch_centres", batch, [count]), ("ptr_centres", ptr, ["G + 1"])):
+        if ids is not None:
+            _check.dtype(name, ids, [torch.int64, torch.int32])
+            _check.shape(name, ids, shape)
+            _check.same_device("distance", distance, **{name: ids})
+    if ptr is not None and ptr.shape[0] == 0:
+        raise ValueError("ptr_centres: expected at least one entry, got none")
+    if cell_shape is not None and (
+        len(cell_shape) not in (2, 3) or cell_shape[-2:] != [3, 3] or not 0 <= cell_shape[0] < 2**31
+    ):
+        raise ValueError(f"cell_shape: expected [3, 3] or [G, 3, 3], got {cell_shape}")
 
 
 def _point_gradients(
@@ -148,6 +173,7 @@ def _double_cpu(gg_points: Tensor, gg_centres: Tensor, gg_cell: Tensor, *args: A
     for (name, value), want in zip(incoming, _backward_fake(*args), strict=True):
         _check.dtype(name, value, [want.dtype])
         _check.shape(name, value, list(want.shape))
+        _check.same_device("distance", args[3], **{name: value})
     to_grad_distance, to_grad_vector, to_distance, to_vector = out = _double_fake(gg_points, gg_centres, gg_cell, *args)
     _native.cpu.radius_graph_double_backward(
         e.code, e.edges, e.num_points, e.centres, e.num_cells, e.address(gg_points),

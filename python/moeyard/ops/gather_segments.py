@@ -7,6 +7,7 @@ Shape letters: n rows of values, S segments, M chosen segments, R rows of the ba
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -128,6 +129,13 @@ def _request(ptr: Tensor, index: Tensor, num_values: int) -> tuple[Any, Tensor, 
     return request, out_ptr, _native.cpu.segments_ptr(request, out_ptr.data_ptr())
 
 
+def _check_size(name: str, rows: int, like: Tensor) -> None:
+    """ValueError where torch could not count the bytes of `rows` rows like those of `like`."""
+    row_bytes = like.element_size() * math.prod(like.shape[1:])
+    if rows * max(row_bytes, 8) > 2**63 - 1:
+        raise ValueError(f"{name}: expected fewer than 2^63 bytes, got {rows} rows of {row_bytes}")
+
+
 def _row_items(x: Tensor) -> int:
     return x[:1].numel() if x.shape[0] else 0
 
@@ -142,6 +150,7 @@ def _cpu(
     if total is not None and rows > total:
         raise ValueError(f"total: expected at least {rows} (the rows of the chosen segments), got {total}")
     rows = rows if total is None else total
+    _check_size("index" if total is None else "total", rows, values)
     out = values.new_empty(rows, *values.shape[1:])
     batch = torch.empty(rows, dtype=torch.int64)
     _native.cpu.gather_segments(
@@ -184,6 +193,7 @@ def _backward_cpu(grad: Tensor, ptr: Tensor, index: Tensor, num_values: int) -> 
     request, out_ptr, rows = _request(ptr, index, num_values)
     if rows > grad.shape[0]:
         raise ValueError(f"grad: expected at least {rows} rows (those of the chosen segments), got {grad.shape[0]}")
+    _check_size("num_values", num_values, grad)
     out = grad.new_zeros(num_values, *grad.shape[1:])
     workspace = torch.empty(index.shape[0], dtype=torch.int64)
     _native.cpu.gather_segments_backward(

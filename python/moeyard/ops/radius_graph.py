@@ -234,7 +234,7 @@ def _check_output(cell: Any, pbc: Any, geometry: Any, max_edges: Any) -> None:
 def _validate(
     pos: Tensor, centres: Tensor | None, k: int | None, batch: Tensor | None, batch_centres: Tensor | None,
     ptr: Tensor | None, ptr_centres: Tensor | None, cell: Tensor | None, pbc: Tensor | None,
-    max_num_neighbors: int | None, symmetric: bool, half: bool,
+    max_num_neighbors: int | None, symmetric: bool, half: bool, max_edges: Any,
 ) -> None:  # fmt: skip
     two_sets = centres is not None
     _validate_set(pos, batch, ptr, "x" if two_sets else "pos", "_x" if two_sets else "")
@@ -256,6 +256,9 @@ def _validate(
     _check.same_device("x" if two_sets else "pos", pos, y=centres, cell=cell, pbc=pbc)
     _check.integer("k", k, minimum=1, optional=True)
     _check.integer("max_num_neighbors", max_num_neighbors, minimum=1, optional=True)
+    _check.integer("max_edges", max_edges, minimum=0, optional=True)
+    if k is not None and (symmetric or half or max_num_neighbors is not None):
+        raise ValueError("k: expected no symmetric, half or max_num_neighbors with it, got one")
     if half and max_num_neighbors is not None:
         raise ValueError(f"half: expected max_num_neighbors None with it, got {max_num_neighbors}")
 
@@ -286,7 +289,10 @@ def _cpu(
     max_num_neighbors: int | None, symmetric: bool, loop: bool, half: bool, centre_is_source: bool, geometry: bool,
     max_edges: int | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    _validate(pos, centres, k, batch, batch_centres, ptr, ptr_centres, cell, pbc, max_num_neighbors, symmetric, half)
+    _validate(
+        pos, centres, k, batch, batch_centres, ptr, ptr_centres, cell, pbc, max_num_neighbors, symmetric, half,
+        max_edges,
+    )  # fmt: skip
     for name, xyz in (("pos" if centres is None else "x", pos), ("y", centres)):
         if xyz is not None and xyz.shape[0] > _MAX_POINTS:
             raise ValueError(f"{name}: expected at most 2^31 - 1 points, got {xyz.shape[0]}")
@@ -350,7 +356,10 @@ def _fake(
     max_num_neighbors: int | None, symmetric: bool, loop: bool, half: bool, centre_is_source: bool, geometry: bool,
     max_edges: int | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    _validate(pos, centres, k, batch, batch_centres, ptr, ptr_centres, cell, pbc, max_num_neighbors, symmetric, half)
+    _validate(
+        pos, centres, k, batch, batch_centres, ptr, ptr_centres, cell, pbc, max_num_neighbors, symmetric, half,
+        max_edges,
+    )  # fmt: skip
     m = torch.library.get_ctx().new_dynamic_size() if max_edges is None else max_edges
     scalars = (pos.new_empty((), dtype=d) for d in (torch.int64, torch.int64, torch.bool))
     return *_outputs(pos, centres, cell, geometry, m), *scalars
