@@ -66,3 +66,10 @@ def test_nothing() -> None:
 def test_too_many_dimensions() -> None:
     with pytest.raises(ValueError, match=r"x: expected shape \[N, D\] with D from 1 to 3, got \[5, 4\]"):
         radius_graph(torch.rand(5, 4), 1.0)
+
+
+def test_different_dimensions() -> None:
+    with pytest.raises(ValueError, match="y: expected 2 dimensions like x, got 3"):
+        radius(torch.rand(5, 2), torch.rand(5, 3), 1.0)
+    with pytest.raises(ValueError, match="y: expected 1 dimensions like x, got 3"):
+        radius(torch.rand(5), torch.rand(5, 3), 1.0)

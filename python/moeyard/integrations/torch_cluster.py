@@ -50,7 +50,10 @@ def radius(
     """
     _check.integer("max_num_neighbors", max_num_neighbors, minimum=0)
     _check.flag("ignore_same_index", ignore_same_index)
-    graph = _radius(_in_space("x", x), _in_space("y", y), r, batch_x, batch_y, geometry=False)
+    points, centres = _in_space("x", x), _in_space("y", y)
+    if _columns(x) != _columns(y):
+        raise ValueError(f"y: expected {_columns(x)} dimensions like x, got {_columns(y)}")
+    graph = _radius(points, centres, r, batch_x, batch_y, geometry=False)
     keep = torch.ones_like(graph.edge_index[0], dtype=torch.bool)
     if ignore_same_index:
         keep = graph.edge_index[0] != graph.edge_index[1]
@@ -94,6 +97,10 @@ def _in_space(name: str, x: Tensor) -> Tensor:
     if x.dim() != 2 or not 1 <= x.shape[1] <= 3:
         raise ValueError(f"{name}: expected shape [N, D] with D from 1 to 3, got {list(x.shape)}")
     return torch.nn.functional.pad(x, (0, 3 - x.shape[1]))
+
+
+def _columns(x: Tensor) -> int:
+    return 1 if x.dim() == 1 else x.shape[1]
 
 
 def _first_by_index(edge_index: Tensor, centre: Tensor, centres: int, limit: int) -> Tensor:
