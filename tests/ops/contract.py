@@ -139,13 +139,7 @@ class OpContract:
             for r, f in zip(real, fake, strict=True):
                 assert (r.dtype, r.device, r.dim()) == (f.dtype, f.device, f.dim())
                 for have, promised in zip((*r.shape, *r.stride()), (*f.shape, *f.stride()), strict=True):
-                    known = (
-                        promised
-                        if isinstance(promised, int)
-                        else promised.node.hint
-                        if promised.node.has_hint()
-                        else None
-                    )
+                    known = promised if isinstance(promised, int) else hint(promised)
                     assert known is None or have == known
 
     def test_opcheck(self) -> None:
@@ -212,13 +206,15 @@ class OpContract:
         """Non-contiguous inputs, and a stride-0 incoming gradient, give what their contiguous copies give."""
         dtype = self.grad_dtype() if self.differentiable else self.main_dtype()
         inputs = self.inputs(dtype)
-        strided = {k: scattered(v) if isinstance(v, Tensor) else copy.copy(v) for k, v in inputs.items()}
+        strided = {k: scattered_fields(v) for k, v in inputs.items()}
         assert_equal(self.run(strided), self.run(inputs))
         if not self.differentiable:
             return
         results = []
         for case in (inputs, strided):
-            case, leaves = self.with_grad(case)
+            # Not with_grad: a clone of a non-contiguous tensor is contiguous.
+            leaves = [case[name].detach().requires_grad_() for name in self.differentiable]
+            case = {**case, **dict(zip(self.differentiable, leaves, strict=True))}
             out = [o for o in self.run(case) if o.requires_grad]
             ones = [torch.ones((), dtype=o.dtype).expand_as(o) for o in out]
             results.append(torch.autograd.grad(out, leaves, ones))
@@ -321,6 +317,11 @@ class record(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def hint(size: torch.SymInt) -> int | None:
+    """What a symbolic size stands for; None for one that depends on data."""
+    return size.node.hint if size.node.has_hint() else None
+
+
 def as_tuple(out: Any) -> tuple[Tensor, ...]:
     return (out,) if isinstance(out, Tensor) else tuple(out)
 
@@ -343,6 +344,13 @@ def scattered(x: Tensor) -> Tensor:
     wide = torch.full((*x.shape[:-1], x.shape[-1] * 2), 7, dtype=torch.int64).to(x.dtype)
     wide[..., ::2] = x.detach()
     return wide[..., ::2].requires_grad_(x.requires_grad)
+
+
+def scattered_fields(x: Any) -> Any:
+    """Tensors scattered, also those in a NamedTuple such as a plan; everything else as it is."""
+    if isinstance(x, Tensor):
+        return scattered(x)
+    return type(x)(*map(scattered_fields, x)) if isinstance(x, tuple) else copy.copy(x)
 
 
 def assert_equal(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
