@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <optional>
 #include <set>
 #include <unordered_map>
 
@@ -35,19 +34,20 @@ class NextFit {
   explicit NextFit(const PackRequest& q) : q_(q) {}
 
   int64_t place(const Sample& s) {
-    if (!open_ || !open_->takes(s, q_.max_samples)) open_ = open_batch(q_, batches_++, s);
-    open_->put(s);
-    return open_->number;
+    if (!is_open_ || !open_.takes(s, q_.max_samples)) open_ = open_batch(q_, batches_++, s), is_open_ = true;
+    open_.put(s);
+    return open_.number;
   }
   int64_t place_alone() {
-    open_.reset();
+    is_open_ = false;
     return batches_++;
   }
   int64_t batches() const { return batches_; }
 
  private:
   const PackRequest& q_;
-  std::optional<Batch> open_;
+  Batch open_{};
+  bool is_open_ = false;
   int64_t batches_ = 0;
 };
 

@@ -150,14 +150,16 @@ MOEYARD_HD inline A softplus(A x) {
   return x > A(0) ? x + tail : tail;
 }
 
+/// Far below 0 softplus(x) rounds to exp(x), which vanishes where its root is still a normal number.
 template <class A>
 MOEYARD_HD inline A sqrtsoftplus(A x) {
-  return square_root(softplus(x));
+  return x < A(-64) ? exp_nonpositive(A(0.5) * x) : square_root(softplus(x));
 }
 
-/// d sqrtsoftplus / dx = sigmoid(x) / (2 s); 0 where s has become 0.
+/// d sqrtsoftplus / dx = sigmoid(x) / (2 s), far below 0 s / 2; 0 where s has become 0.
 template <class A>
 MOEYARD_HD inline A sqrtsoftplus_slope(A x) {
+  if (x < A(-64)) return A(0.5) * sqrtsoftplus(x);
   const A s = sqrtsoftplus(x);
   return s > A(0) ? sigmoid(x) / (A(2) * s) : A(0);
 }

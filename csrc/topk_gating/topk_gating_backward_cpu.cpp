@@ -45,7 +45,9 @@ void softmax_backward(int64_t n, const A* p, const A* g, Add&& add) {
     if (p[i] > A(0)) add(i, p[i] * (g[i] - dot));
 }
 
-// Writes row.gc: the gradient that reaches slot s's chosen score row.c through weights and weight_sum.
+// Writes row.gc: the gradient that reaches slot s's chosen score row.c through weights and weight_sum; with
+// `renormalize` that times row.c, the gradient of its logarithm. The scores' sum may be as small as a normal number
+// can be: dividing a gradient by it would overflow where score / sum is harmless.
 template <class A>
 void weights_backward(const GatingProblem& g, const int32_t* experts, const A* grad_weights, const A* grad_weight_sum,
                       Row<A>& row) {
@@ -57,10 +59,18 @@ void weights_backward(const GatingProblem& g, const int32_t* experts, const A* g
   if (!g.renormalize || g.score == Score::softmax_topk) return;
   const A sum = row_sum<A>(g.k, [&](int64_t s) { return row.c[s]; });
   const A dot = row_sum<A>(g.k, [&](int64_t s) { return sum > A(0) ? row.gc[s] * (row.c[s] / sum) : A(0); });
-  for (int64_t s = 0; s < g.k; ++s) row.gc[s] = sum > A(0) ? (row.gc[s] - dot) / sum : A(0);
+  for (int64_t s = 0; s < g.k; ++s) row.gc[s] = sum > A(0) ? (row.gc[s] - dot) * (row.c[s] / sum) : A(0);
 }
 
-// Adds to row.gs (softmax, sigmoid, sqrtsoftplus) or directly to row.gx (softmax_topk).
+// d log c / dx of a chosen score c > 0. For the softmax it leaves out -p, the same for all slots of a row: their
+// gradients, as weights_backward renormalizes them, sum to 0.
+template <class A>
+A log_slope(Score kind, A x, A c) {
+  if (kind == Score::softmax) return A(1);
+  return kind == Score::sigmoid ? score_math::sigmoid(-x) : elementwise_slope(kind, x) / c;
+}
+
+// Adds to row.gs (scores as they are) or directly to row.gx (renormalized ones).
 template <class A, class At>
 void chosen_backward(const GatingProblem& g, At&& at, const int32_t* experts, const A* grad_weights,
                      const A* grad_weight_sum, Row<A>& row) {
@@ -76,6 +86,10 @@ void chosen_backward(const GatingProblem& g, At&& at, const int32_t* experts, co
   weights_backward(g, experts, grad_weights, grad_weight_sum, row);
   if (g.score == Score::softmax_topk)
     softmax_backward(g.k, row.c, row.gc, [&](int64_t s, A v) { row.gx[experts[s]] += v; });
+  else if (g.renormalize)
+    for (int64_t s = 0; s < g.k; ++s) {
+      if (row.c[s] > A(0)) row.gx[experts[s]] += row.gc[s] * log_slope(g.score, at(experts[s]), row.c[s]);
+    }
   else
     for (int64_t s = 0; s < g.k; ++s) row.gs[experts[s]] += row.gc[s];
 }

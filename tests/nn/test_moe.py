@@ -155,3 +155,12 @@ def test_usage_per_domain() -> None:
 )
 def test_collapse_alarm(counts: list[int], k: int, lines: list[str]) -> None:
     assert collapse_warnings(torch.tensor(counts), k) == lines
+
+
+@pytest.mark.parametrize(
+    ("experts", "domain", "message"),
+    [(4, 0, r"experts: expected values in \[-1, 4\), got 4"), (3, 2, "domain: .*got 2"), (3, -1, "domain: .*got -1")],
+)
+def test_usage_refuses_what_would_count_for_another(experts: int, domain: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        expert_usage(torch.tensor([[experts]]), 4, torch.tensor([domain]), 2)

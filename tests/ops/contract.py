@@ -104,6 +104,15 @@ class OpContract:
         if self.double_backward:
             assert torch.autograd.gradgradcheck(function, leaves)
 
+    def test_gradient_dtypes(self, dtype_case: torch.dtype) -> None:
+        """In every float dtype the gradient is the reference's; no other dtype may claim to have one."""
+        inputs = self.inputs(dtype_case)
+        if not self.differentiable or not dtype_case.is_floating_point:
+            assert not any(o.requires_grad for o in self.run(inputs))
+            return
+        want = type(self)._with_function(self.reference).run_with_gradients(inputs)
+        self.assert_close(self.run_with_gradients(inputs), want, dtype_case)
+
     def test_second_derivative(self) -> None:
         """Either right (gradgradcheck, above) or refused; never silently wrong or silently zero."""
         if not self.differentiable or self.double_backward:
@@ -121,9 +130,9 @@ class OpContract:
 
         return function
 
-    def test_fake(self) -> None:
-        """Fake outputs have the dtype, device, rank and strides' order of the real ones."""
-        for op, args in self.recorded_calls():
+    def test_fake(self, dtype_case: torch.dtype) -> None:
+        """Fake outputs have the dtype, device, rank and strides of the real ones, and every size that is known."""
+        for op, args in self.recorded_calls(dtype_case):
             real = as_tuple(op(*args))
             mode = torch._subclasses.FakeTensorMode(shape_env=torch.fx.experimental.symbolic_shapes.ShapeEnv())
             with mode:
@@ -132,17 +141,19 @@ class OpContract:
             assert len(real) == len(fake)
             for r, f in zip(real, fake, strict=True):
                 assert (r.dtype, r.device, r.dim()) == (f.dtype, f.device, f.dim())
-                for have, promised in zip(r.shape, f.shape, strict=True):
-                    assert not isinstance(promised, int) or have == promised
+                for have, promised in zip((*r.shape, *r.stride()), (*f.shape, *f.stride()), strict=True):
+                    known = promised if isinstance(promised, int) else hint(promised)
+                    assert known is None or have == known
 
     def test_opcheck(self) -> None:
-        for op, args in self.recorded_calls():
+        for op, args in self.recorded_calls(self.grad_dtype() if self.differentiable else self.main_dtype()):
             torch.library.opcheck(op, args)
 
-    def recorded_calls(self) -> list[tuple[Any, tuple[Any, ...]]]:
-        """Every moeyard op that one forward and backward calls, with its arguments."""
+    def recorded_calls(self, dtype: torch.dtype) -> list[tuple[Any, tuple[Any, ...]]]:
+        """Every moeyard op that one forward (and backward, where the dtype has one) calls, with its arguments."""
+        inputs = self.inputs(dtype)
         with record() as calls:
-            self.run_with_gradients(self.inputs(self.grad_dtype() if self.differentiable else self.main_dtype()))
+            self.run_with_gradients(inputs) if dtype.is_floating_point else self.run(inputs)
         assert calls
         return calls
 
@@ -192,32 +203,43 @@ class OpContract:
         """Non-contiguous inputs, and a stride-0 incoming gradient, give what their contiguous copies give."""
         dtype = self.grad_dtype() if self.differentiable else self.main_dtype()
         inputs = self.inputs(dtype)
-        strided = {k: scattered(v) if isinstance(v, Tensor) else copy.copy(v) for k, v in inputs.items()}
+        strided = {k: scattered_fields(v) for k, v in inputs.items()}
         assert_equal(self.run(strided), self.run(inputs))
         if not self.differentiable:
             return
         results = []
         for case in (inputs, strided):
-            case, leaves = self.with_grad(case)
+            # Not with_grad: a clone of a non-contiguous tensor is contiguous.
+            leaves = [case[name].detach().requires_grad_() for name in self.differentiable]
+            case = {**case, **dict(zip(self.differentiable, leaves, strict=True))}
             out = [o for o in self.run(case) if o.requires_grad]
             ones = [torch.ones((), dtype=o.dtype).expand_as(o) for o in out]
             results.append(torch.autograd.grad(out, leaves, ones))
         assert_equal(*results)
 
     def test_inputs_untouched(self) -> None:
+        """Neither forward nor backward writes into what it is given: inputs (fields of plans too), incoming gradients,
+        and what the forward returned."""
         inputs = self.inputs(self.grad_dtype() if self.differentiable else self.main_dtype())
-        before = copy.deepcopy(inputs)
-        self.run_with_gradients(inputs)
-        for name, value in before.items():
-            if isinstance(value, Tensor):
-                assert_equal((inputs[name],), (value,))
+        inputs, leaves = self.with_grad(inputs)
+        watched = [t for v in inputs.values() for t in (v if isinstance(v, tuple) else (v,)) if isinstance(t, Tensor)]
+        before = [t.detach().clone() for t in watched]
+        out = self.run(inputs)
+        if leaves:
+            differentiable = [o for o in out if o.requires_grad]
+            grads = [torch.full_like(o, 0.5) for o in differentiable]
+            watched += [*out, *grads]
+            before += [t.detach().clone() for t in (*out, *grads)]
+            torch.autograd.grad(differentiable, leaves, grads)
+        assert_equal(tuple(watched), tuple(before))
 
     def test_determinism(self) -> None:
-        """100 runs, bit for bit."""
-        inputs = self.inputs(self.grad_dtype() if self.differentiable else self.main_dtype())
-        first = self.run_with_gradients(inputs)
-        for _ in range(99):
-            assert_equal(self.run_with_gradients(inputs), first)
+        """100 runs, bit for bit, 20 of them on a size that is really split over threads."""
+        for size, runs in (("small", 80), ("large", 20)):
+            inputs = self.inputs(self.grad_dtype() if self.differentiable else self.main_dtype(), size)
+            first = self.run_with_gradients(inputs)
+            for _ in range(runs - 1):
+                assert_equal(self.run_with_gradients(inputs), first)
 
     def test_threads(self) -> None:
         """1, 2 and 4 threads, bit for bit, on a size that is really split."""
@@ -304,6 +326,11 @@ def compiling() -> Iterator[None]:
         yield
 
 
+def hint(size: torch.SymInt) -> int | None:
+    """What a symbolic size stands for; None for one that depends on data."""
+    return size.node.hint if size.node.has_hint() else None
+
+
 def as_tuple(out: Any) -> tuple[Tensor, ...]:
     return (out,) if isinstance(out, Tensor) else tuple(out)
 
@@ -328,12 +355,24 @@ def scattered(x: Tensor) -> Tensor:
     return wide[..., ::2].requires_grad_(x.requires_grad)
 
 
+def scattered_fields(x: Any) -> Any:
+    """Tensors scattered, also those in a NamedTuple such as a plan; everything else as it is."""
+    if isinstance(x, Tensor):
+        return scattered(x)
+    return type(x)(*map(scattered_fields, x)) if isinstance(x, tuple) else copy.copy(x)
+
+
 def assert_equal(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
     assert len(got) == len(want)
     for g, w in zip(got, want, strict=True):
         assert g.dtype == w.dtype
         assert g.shape == w.shape
-        assert torch.equal(g.detach().nan_to_num(1.5), w.detach().nan_to_num(1.5)) or g.numel() == 0
+        assert torch.equal(bits(g), bits(w))
+
+
+def bits(x: Tensor) -> Tensor:
+    """The bytes of a tensor: comparing them tells -0 from 0 and NaN from everything else."""
+    return x.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def pytest_generate_dtypes(metafunc: pytest.Metafunc) -> None:

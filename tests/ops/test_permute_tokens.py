@@ -364,3 +364,10 @@ def test_backward_checks_its_arguments() -> None:
         backward(Y, X.double(), *plan, W, True, True)
     with pytest.raises(ValueError, match=r"x: expected shape \[3, 2\], got \[3, 1\]"):
         backward(Y, X[:, :1], *plan, W, True, True)
+
+
+@pytest.mark.parametrize("weights", [None, torch.ones(3, 2)])
+def test_backward_asked_for_nothing(weights: Tensor | None) -> None:
+    for op, grad in (("permute_tokens_backward", Y), ("unpermute_tokens_backward", X)):
+        out = getattr(torch.ops.moeyard, op)(grad, None, *HAND[:2], weights, False, False)
+        assert [o.numel() for o in out] == [0, 0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -27,7 +28,9 @@ def test_logits_type(logits: Any) -> None:
 
 
 def test_logits() -> None:
-    refuse(TypeError, "logits: .*dense", torch.eye(3).to_sparse())
+    nested = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+    for other in (torch.eye(3).to_sparse(), nested, torch.quantize_per_tensor(X, 0.1, 0, torch.qint8)):
+        refuse(TypeError, "logits: .*dense", other)
     for dtype in (torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn):
         refuse(TypeError, "logits: expected dtype float32", torch.zeros(2, 3).to(dtype))
     for shape in ((6,), (), (2, 3, 4)):
@@ -40,12 +43,15 @@ def test_logits() -> None:
 def test_k() -> None:
     for k in (0, -1, 7, 2**40):
         refuse(ValueError, rf"k: expected 1 to 6 \(the number of experts\), got {k}", X, k)
+    for k in (-(2**63) - 1, 2**63):
+        refuse(ValueError, r"k: expected at (most|least) -?2", X, k)
+        refuse(ValueError, r"group_score_experts: expected at (most|least) -?2", group_score_experts=k)
     for k in (2.0, "2", None, True, torch.tensor(2)):
         refuse(TypeError, "k: expected an int", X, k)
 
 
 def test_score_and_flags() -> None:
-    for score in ("Softmax", "", None, 3):
+    for score in ("Softmax", "", None, 3, np.zeros(2)):
         refuse(ValueError, "score: expected one of 'softmax'", score=score)
     for flag in (1, None, "yes"):
         refuse(TypeError, "renormalize: expected True or False", renormalize=flag)
@@ -88,7 +94,7 @@ def test_groups() -> None:
     for n in (0, 3, -1):
         message = rf"group_score_experts: expected 1 to 2 \(experts per group\), got {n}"
         refuse(ValueError, message, **options, group_score_experts=n)
-    refuse(ValueError, "group_score_experts: expected at least 1", group_score_experts=0)
+    refuse(ValueError, r"group_score_experts: expected at least 1", group_score_experts=0)
     for name in ("num_groups", "topk_groups", "group_score_experts"):
         refuse(TypeError, f"{name}: expected an int", **{**options, name: 1.0})
     refuse(ValueError, "group_score_experts", num_groups=6, topk_groups=6)
@@ -169,6 +175,8 @@ def test_the_backward_op_checks_too() -> None:
     for error, message, options in cases:
         with pytest.raises(error, match=message):
             backward(**options)
+    with pytest.raises(ValueError, match=r"logits: expected shape \[T, E\], got \[\]"):
+        BACKWARD(X.sum(), torch.zeros(3, 2, dtype=torch.int32), "softmax", False, 1.0, None, *[None] * 5)
 
 
 def test_the_reference_has_the_same_signature() -> None:

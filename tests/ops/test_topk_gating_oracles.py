@@ -194,6 +194,23 @@ def test_one_gradient_alone(score: str, name: str) -> None:
     torch.testing.assert_close(gradient(getattr(got, name).sum(), x), gradient(getattr(want, name).sum(), x))
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrtsoftplus"])
+def test_renormalized_gradient_of_tiny_scores_under_a_loss_scale(score: str) -> None:
+    """The scores' sum is near the smallest float32; weights, and so gradients, are of the order of 1."""
+    row = [-86.0, -86.5, -87.0, 0.0 if score == "softmax" else -87.0]
+    if score == "sqrtsoftplus":
+        row = [2 * x for x in row]  # a root vanishes at twice the logit
+    grads = []
+    for dtype in (torch.float32, torch.float64):
+        x = torch.tensor([row], dtype=dtype, requires_grad=True)
+        options = {"score": score, "renormalize": True, "forced_experts": torch.tensor([[0, 1]])}
+        out = moeyard.topk_gating(x, 2, **options)
+        (65536 * (out.weights[0, 0] - 2 * out.weight_sum[1])).backward()
+        grads.append(x.grad.double())
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-2)
+    assert grads[1][0, 0] > 1e4
+
+
 def test_masked_logits_get_no_gradient() -> None:
     x = torch.tensor([[1.0, -INF, 0.5], [-INF] * 3], requires_grad=True)
     for score in SCORES:

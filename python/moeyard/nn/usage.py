@@ -20,13 +20,24 @@ def expert_usage(experts: Tensor, num_experts: int, domain: Tensor | None = None
 
     Returns:
         [D,E] int64; the sum over D is `Gating.counts`.
+
+    Raises:
+        ValueError: an id outside [-1, E) or a domain outside [0, D), which would count for another one.
     """
     ids = experts.long()
+    _check_range("experts", ids, -1, num_experts)
     if domain is not None:
+        _check_range("domain", domain, 0, num_domains)
         ids = torch.where(ids >= 0, ids + num_experts * domain.long()[:, None], ids)
     flat = ids.reshape(-1)
     counts = torch.bincount(flat[flat >= 0], minlength=num_domains * num_experts)
     return counts.reshape(num_domains, num_experts)
+
+
+def _check_range(name: str, values: Tensor, low: int, high: int) -> None:
+    bad = values[(values < low) | (values >= high)]
+    if bad.numel():
+        raise ValueError(f"{name}: expected values in [{low}, {high}), got {int(bad[0])}")
 
 
 def collapse_warnings(counts: Tensor, k: int, *, limit: float = 0.6) -> list[str]:

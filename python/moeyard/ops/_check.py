@@ -14,16 +14,17 @@ from torch import Tensor
 
 
 def tensor(name: str, value: Any, *, optional: bool = False) -> None:
-    """TypeError unless `value` is a strided (dense) tensor, or None where that is allowed."""
+    """TypeError unless `value` is a plain strided (dense) tensor, or None where that is allowed."""
     if value is None and optional:
         return
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor{' or None' if optional else ''}, got {type(value).__name__}")
-    if value.layout != torch.strided or value.is_nested:
-        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
-        raise TypeError(f"{name}: expected a dense (strided) tensor, got {kind}")
-    if value.is_quantized:
-        raise TypeError(f"{name}: expected a tensor that is not quantized, got dtype {value.dtype}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
+    # Both call themselves strided, but no kernel of ours would see them.
+    if value.is_nested or value.is_quantized:
+        kind = "nested" if value.is_nested else "quantized"
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got a {kind} one")
 
 
 def dtype(name: str, value: Tensor, allowed: Iterable[torch.dtype]) -> None:
@@ -70,6 +71,8 @@ def integer(name: str, value: Any, *, minimum: int | None = None, optional: bool
         raise ValueError(f"{name}: expected at least {minimum}, got {value}")
     if isinstance(value, int) and value > 2**63 - 1:
         raise ValueError(f"{name}: expected at most 2^63 - 1, got {value}")
+    if isinstance(value, int) and value < -(2**63):
+        raise ValueError(f"{name}: expected at least -2^63, got {value}")
 
 
 def number(name: str, value: Any) -> None:
@@ -83,5 +86,6 @@ def flag(name: str, value: Any) -> None:
 
 
 def option(name: str, value: Any, allowed: Sequence[str]) -> None:
+    # Not `value in allowed` alone: that asks an array for its truth.
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(repr(a) for a in allowed)}, got {value!r}")

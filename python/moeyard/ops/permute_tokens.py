@@ -170,6 +170,8 @@ def _move(
     out = source.new_empty((rows, source.shape[1]) if need_out else 0)
     dots = source.new_empty(row_of_slot.shape if need_dots else 0, dtype=precision)
     plan, threads = _plan_args(row_of_slot, slot_of_row), torch.get_num_threads()
+    if not (need_out or need_dots):
+        return out, dots if weights is None else dots.to(weights.dtype)
     if to_rows and weights is None:
         row_bytes = source.shape[1] * source.element_size()
         _native.cpu.permute_rows(source.data_ptr(), plan, row_bytes, out.data_ptr(), threads)

@@ -200,6 +200,7 @@ def _validate(
 def _validate_backward(
     logits: Tensor, experts: Tensor, score: str, scale: float, mask: Tensor | None, grads: tuple[Tensor | None, ...]
 ) -> None:
+    _check.shape("logits", logits, ["T", "E"])
     _check.dtype("experts", experts, [torch.int32])
     _check.shape("experts", experts, [logits.shape[0], "k"])
     _validate(logits, experts.shape[1], score, None, (None, None, 1), scale, mask, None, "score")
