@@ -21,7 +21,7 @@ def cuda() -> ModuleType:
     if not cuda_built:
         raise RuntimeError(
             "moeyard was built without CUDA: no CUDA compiler was found at build time. Install a CUDA toolkit (nvcc on "
-            "PATH) and reinstall with `pip install --no-binary moeyard moeyard`, or pass CPU tensors."
+            "PATH) and reinstall from source (`pip install --force-reinstall --no-deps .`), or pass CPU tensors."
         )
     from moeyard import _cuda
 

@@ -55,7 +55,7 @@ def _cpu() -> Iterator[Finding]:
 
 def _cuda() -> Iterator[Finding]:
     if not _native.cuda_built:
-        mend = "for GPU kernels: put nvcc (CUDA 12 or later) on PATH and run pip install --no-binary moeyard moeyard"
+        mend = "for GPU kernels: put nvcc (CUDA 12 or later) on PATH and reinstall from source"
         yield Finding("CUDA kernels", "not compiled in; CPU tensors work", mend)
         return
     version = _native.cuda().runtime_version
