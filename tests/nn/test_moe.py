@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -164,3 +166,14 @@ def test_collapse_alarm(counts: list[int], k: int, lines: list[str]) -> None:
 def test_usage_refuses_what_would_count_for_another(experts: int, domain: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         expert_usage(torch.tensor([[experts]]), 4, torch.tensor([domain]), 2)
+
+
+@pytest.mark.parametrize(("k", "error", "message"), [(2.0, TypeError, "k: expected an int"), (0, ValueError, "k: ")])
+def test_router_arguments(k: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Router(8, 4, k)
+
+
+def test_wrong_number_of_features_is_named() -> None:
+    with pytest.raises(ValueError, match=r"x: expected 8 features in the last dimension, got \[5, 7\]"):
+        MoE(8, 16, 4, 2)(torch.randn(5, 7))

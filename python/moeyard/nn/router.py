@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moeyard.ops import Gating, topk_gating
+from moeyard.ops import Gating, _check, topk_gating
 
 
 class Router(nn.Module):
@@ -31,7 +31,9 @@ class Router(nn.Module):
         self, dim: int, num_experts: int, k: int, *, score: str = "softmax", renormalize: bool = False
     ) -> None:
         super().__init__()
-        if not 1 <= k <= num_experts:
+        for name, value in (("dim", dim), ("num_experts", num_experts), ("k", k)):
+            _check.integer(name, value, minimum=1)
+        if k > num_experts:
             raise ValueError(f"k: expected 1 <= k <= num_experts = {num_experts}, got {k}")
         self.num_experts, self.k, self.score, self.renormalize = num_experts, k, score, renormalize
         # Small initial logits: an even start, so that no expert wins by the draw of the weights (Switch, section 2.4).
@@ -56,6 +58,8 @@ class Router(nn.Module):
         Returns:
             `Gating` with weights and ids [T,k] and the statistics that the losses need.
         """
+        if x.shape[-1:] != self.weight.shape[1:]:
+            raise ValueError(f"x: expected {self.weight.shape[1]} features in the last dimension, got {list(x.shape)}")
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
             logits = nn.functional.linear(x.to(dtype), self.weight.to(dtype))
