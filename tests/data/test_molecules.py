@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections import Counter
 from typing import Any
@@ -182,3 +183,13 @@ def skeleton(name: str) -> Any:
     if name in PEPTIDES:
         return Chem.MolFromSequence(PEPTIDES[name].sequence)
     return Chem.MolFromSmiles(MOLECULES[name].smiles)
+
+
+def test_interrupt_belongs_to_python_again_after_embedding() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        embed_molecules(molecule_list()[:24], [], seed=0, workers=4)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)

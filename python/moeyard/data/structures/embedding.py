@@ -7,6 +7,8 @@ Distance Geometry and Experimental Torsional-Angle Preferences", J. Chem. Inf. M
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -94,8 +96,21 @@ def embed_all(
             return str(error)
 
     count = workers or min(16, _cores())
-    with ThreadPoolExecutor(max(1, min(count, len(mols)))) as pool:
-        yield from pool.map(one, mols)
+    try:
+        with ThreadPoolExecutor(max(1, min(count, len(mols)))) as pool:
+            for result in pool.map(one, mols):
+                _reinstall_interrupt()
+                yield result
+    finally:
+        _reinstall_interrupt()
+
+
+def _reinstall_interrupt() -> None:
+    """Gives Ctrl-C back to Python: RDKit takes SIGINT while it embeds, and of several threads one may put back the
+    other's handler instead of Python's, for good."""
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, handler)
 
 
 def quiet_rdkit() -> Any:
