@@ -157,12 +157,13 @@ class OpContract:
         assert calls
         return calls
 
+    @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
     @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-    def test_compile(self, backend: str) -> None:
+    def test_compile(self, backend: str, dynamic: bool) -> None:
         """One graph, static and dynamic shapes, values and gradients equal to eager."""
         dtype = self.grad_dtype() if self.differentiable else self.main_dtype()
         with compiling():
-            compiled = torch.compile(self.function, fullgraph=True, backend=backend)
+            compiled = torch.compile(self.function, fullgraph=True, backend=backend, dynamic=dynamic)
             for seed in (0, 1):
                 inputs = self.inputs(dtype, seed=seed)
                 eager = self.run_with_gradients(inputs)
