@@ -120,7 +120,7 @@ class OpContract:
         inputs, leaves = self.with_grad(self.inputs(self.grad_dtype()))
         first = torch.autograd.grad(weighted_sum(self.run(inputs)), leaves, create_graph=True)
         assert all(g.requires_grad for g in first)
-        with pytest.raises((NotImplementedError, RuntimeError), match=r"second derivative|differentiate twice"):
+        with pytest.raises(NotImplementedError, match="second derivatives are not supported"):
             torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
 
     def of_leaves(self, inputs: Inputs) -> Callable[..., tuple[Tensor, ...]]:

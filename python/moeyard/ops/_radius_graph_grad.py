@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moeyard import _native
 from moeyard.ops import _check
+from moeyard.ops._radius_graph_native import Addresses
 from moeyard.ops._register import DTYPE_CODE, register
 
 _EDGES = (
@@ -80,7 +81,7 @@ class _Edges:
         cell_shape: list[int] | None,
         centre_is_source: bool,
     ) -> None:
-        self.kept: list[Tensor] = []
+        self.address = Addresses()
         _check.shape("distance", distance, ["M"])
         m = distance.shape[0]
         _check.dtype("distance", distance, [torch.float32, torch.float64])
@@ -105,19 +106,10 @@ class _Edges:
             self.address(cell_shift), self.address(grad_distance), self.address(grad_vector),
         )  # fmt: skip
         self.count = num_points if num_centres is None else num_centres
-        batch = None if batch is None else batch.to(torch.int64)
-        ptr = None if ptr is None else ptr.to(torch.int64)
-        graphs = 0 if ptr is None else ptr.shape[0] - 1
-        self.centres = _native.cpu.PointSet(0, self.count, self.address(batch), self.address(ptr), graphs)
+        self.centres = self.address.point_set(None, self.count, batch, ptr)
         self.num_points, self.code = num_points, DTYPE_CODE[distance.dtype]
         self.two_sets, self.has_cell = num_centres is not None, cell_shape is not None
         self.num_cells = cell_shape[0] if cell_shape is not None and len(cell_shape) == 3 else -1
-
-    def address(self, value: Tensor | None) -> int:
-        if value is None:
-            return 0
-        self.kept.append(value.contiguous())
-        return self.kept[-1].data_ptr()
 
 
 def _check_nodes(

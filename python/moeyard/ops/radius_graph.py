@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moeyard import _native
 from moeyard.ops import _check, _radius_graph_grad
+from moeyard.ops._radius_graph_native import Addresses
 from moeyard.ops._register import DTYPE_CODE, register
 
 _SCHEMA = (
@@ -299,12 +300,12 @@ def _cpu(
     if max_edges is not None and max_edges > _MAX_EDGES:
         raise ValueError(f"max_edges: expected at most 2^48, got {max_edges}")
     cpu, threads, code = _native.cpu, torch.get_num_threads(), DTYPE_CODE[pos.dtype]
-    kept: list[Tensor] = []  # the contiguous copies, alive until the end of the call
-    points = cpu.PointSet(*_set(pos, batch, ptr, kept))
-    homes = cpu.PointSet(*_set(centres, batch_centres, ptr_centres, kept))
+    address = Addresses()  # alive until the end of the call
+    points = address.point_set(pos, pos.shape[0], batch, ptr)
+    homes = address.point_set(centres, 0 if centres is None else centres.shape[0], batch_centres, ptr_centres)
     periodic = cpu.Periodicity(
-        _address(cell, kept), cell.shape[0] if cell is not None and cell.dim() == 3 else -1,
-        _address(pbc, kept), pbc.shape[0] if pbc is not None and pbc.dim() == 2 else -1,
+        address(cell), cell.shape[0] if cell is not None and cell.dim() == 3 else -1,
+        address(pbc), pbc.shape[0] if pbc is not None and pbc.dim() == 2 else -1,
     )  # fmt: skip
     hits = cpu.radius_graph_search(
         code, points, homes, periodic, r, k or -1, max_num_neighbors or -1, symmetric, loop, half, threads
@@ -319,24 +320,6 @@ def _cpu(
         cell_shift.data_ptr() if cell is not None else 0, num_neighbors.data_ptr(), r if k is None else 0.0, threads,
     )  # fmt: skip
     return *out, torch.tensor(hits.truncated), torch.tensor(hits.num_edges), torch.tensor(hits.num_edges > m)
-
-
-def _set(pos: Tensor | None, batch: Tensor | None, ptr: Tensor | None, kept: list[Tensor]) -> tuple[int, ...]:
-    """Arguments of the native PointSet."""
-    if pos is None:
-        return 0, 0, 0, 0, 0
-    batch = None if batch is None else batch.to(torch.int64)
-    ptr = None if ptr is None else ptr.to(torch.int64)
-    graphs = 0 if ptr is None else ptr.shape[0] - 1
-    return _address(pos, kept), pos.shape[0], _address(batch, kept), _address(ptr, kept), graphs
-
-
-def _address(value: Tensor | None, kept: list[Tensor]) -> int:
-    """Zero means none to the native code, so an empty tensor gets an address as well."""
-    if value is None:
-        return 0
-    kept.append(value.contiguous() if value.numel() else value.new_zeros(1))
-    return kept[-1].data_ptr()
 
 
 def _outputs(pos: Tensor, centres: Tensor | None, cell: Tensor | None, geometry: bool, m: Any) -> tuple[Tensor, ...]:

@@ -1,0 +1,31 @@
+"""How radius_graph and its gradients hand tensors to the native code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeyard import _native
+
+
+class Addresses:
+    """Addresses of contiguous copies; the copies live as long as this object."""
+
+    def __init__(self) -> None:
+        self._kept: list[Tensor] = []
+
+    def __call__(self, value: Tensor | None) -> int:
+        """Zero means none to the native code, so an empty tensor gets an address as well."""
+        if value is None:
+            return 0
+        self._kept.append(value.contiguous() if value.numel() else value.new_zeros(1))
+        return self._kept[-1].data_ptr()
+
+    def point_set(self, xyz: Tensor | None, count: int, batch: Tensor | None, ptr: Tensor | None) -> Any:
+        """The native PointSet of `count` points; without `xyz` it names sizes and graphs only."""
+        batch = None if batch is None else batch.to(torch.int64)
+        ptr = None if ptr is None else ptr.to(torch.int64)
+        graphs = 0 if ptr is None else ptr.shape[0] - 1
+        return _native.cpu.PointSet(self(xyz), count, self(batch), self(ptr), graphs)
