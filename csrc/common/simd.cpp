@@ -12,11 +12,11 @@ std::string simd_name(Simd level) {
 }
 
 Simd simd_best() {
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef MOEYARD_X86
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq"))
     return Simd::avx512;
-  if (__builtin_cpu_supports("avx2")) return Simd::avx2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2")) return Simd::avx2;
 #endif
   return Simd::baseline;
 }

@@ -1,7 +1,6 @@
 #include "radius_graph/scan.hpp"
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define MOEYARD_X86 1
+#ifdef MOEYARD_X86
 #include <immintrin.h>
 
 #include <array>
@@ -37,14 +36,14 @@ constexpr std::array<std::array<int32_t, 8>, (1 << Lanes)> compress_table() {
 }
 alignas(32) constexpr auto kCompress = compress_table<8>();
 
-__attribute__((target("avx2,popcnt"))) inline int64_t compress_avx2(int32_t* hits, __m256i id, unsigned mask) {
+MOEYARD_TARGET_AVX2 inline int64_t compress_avx2(int32_t* hits, __m256i id, unsigned mask) {
   const __m256i lanes = _mm256_load_si256(reinterpret_cast<const __m256i*>(kCompress[mask].data()));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(hits), _mm256_permutevar8x32_epi32(id, lanes));
   return std::popcount(mask);
 }
 
-__attribute__((target("avx2,popcnt"))) int64_t scan_avx2(const Columns<float>& block, const float* centre, float r2,
-                                                         int32_t self, int32_t* hits) {
+MOEYARD_TARGET_AVX2 int64_t scan_avx2(const Columns<float>& block, const float* centre, float r2, int32_t self,
+                                      int32_t* hits) {
   const __m256 x = _mm256_set1_ps(centre[0]), y = _mm256_set1_ps(centre[1]), z = _mm256_set1_ps(centre[2]);
   const __m256 limit = _mm256_set1_ps(r2);
   const __m256i me = _mm256_set1_epi32(self);
@@ -62,8 +61,8 @@ __attribute__((target("avx2,popcnt"))) int64_t scan_avx2(const Columns<float>& b
   return found;
 }
 
-__attribute__((target("avx2,popcnt"))) int64_t scan_avx2(const Columns<double>& block, const double* centre, double r2,
-                                                         int32_t self, int32_t* hits) {
+MOEYARD_TARGET_AVX2 int64_t scan_avx2(const Columns<double>& block, const double* centre, double r2, int32_t self,
+                                      int32_t* hits) {
   const __m256d x = _mm256_set1_pd(centre[0]), y = _mm256_set1_pd(centre[1]), z = _mm256_set1_pd(centre[2]);
   const __m256d limit = _mm256_set1_pd(r2);
   const __m128i me = _mm_set1_epi32(self);
@@ -82,10 +81,8 @@ __attribute__((target("avx2,popcnt"))) int64_t scan_avx2(const Columns<double>& 
   return found;
 }
 
-#define MOEYARD_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,popcnt")))
-
-MOEYARD_AVX512 int64_t scan_avx512(const Columns<float>& block, const float* centre, float r2, int32_t self,
-                                   int32_t* hits) {
+MOEYARD_TARGET_AVX512 int64_t scan_avx512(const Columns<float>& block, const float* centre, float r2, int32_t self,
+                                          int32_t* hits) {
   const __m512 x = _mm512_set1_ps(centre[0]), y = _mm512_set1_ps(centre[1]), z = _mm512_set1_ps(centre[2]);
   const __m512 limit = _mm512_set1_ps(r2);
   const __m512i me = _mm512_set1_epi32(self);
@@ -103,8 +100,8 @@ MOEYARD_AVX512 int64_t scan_avx512(const Columns<float>& block, const float* cen
   return found;
 }
 
-MOEYARD_AVX512 int64_t scan_avx512(const Columns<double>& block, const double* centre, double r2, int32_t self,
-                                   int32_t* hits) {
+MOEYARD_TARGET_AVX512 int64_t scan_avx512(const Columns<double>& block, const double* centre, double r2, int32_t self,
+                                          int32_t* hits) {
   const __m512d x = _mm512_set1_pd(centre[0]), y = _mm512_set1_pd(centre[1]), z = _mm512_set1_pd(centre[2]);
   const __m512d limit = _mm512_set1_pd(r2);
   const __m256i me = _mm256_set1_epi32(self);
