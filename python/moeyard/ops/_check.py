@@ -6,7 +6,7 @@ Values are checked by the native code, which reads them anyway.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -27,8 +27,7 @@ def tensor(name: str, value: Any, *, optional: bool = False) -> None:
         raise TypeError(f"{name}: expected a dense (strided) tensor, got a {kind} one")
 
 
-def dtype(name: str, value: Tensor, allowed: Iterable[torch.dtype]) -> None:
-    allowed = tuple(allowed)
+def dtype(name: str, value: Tensor, allowed: Collection[torch.dtype]) -> None:
     if value.dtype not in allowed:
         expected = ", ".join(str(d).removeprefix("torch.") for d in allowed)
         raise TypeError(f"{name}: expected dtype {expected}, got {str(value.dtype).removeprefix('torch.')}")
@@ -36,11 +35,15 @@ def dtype(name: str, value: Tensor, allowed: Iterable[torch.dtype]) -> None:
 
 def shape(name: str, value: Tensor, expected: Sequence[int | str]) -> None:
     """ValueError unless the shape fits; a letter stands for any size: `shape("x", x, ["T", 3])`."""
-    if value.dim() != len(expected) or any(
-        not isinstance(e, str) and _differ(s, e) for s, e in zip(value.shape, expected, strict=True)
-    ):
-        want = ", ".join(str(e) for e in expected)
-        raise ValueError(f"{name}: expected shape [{want}], got {list(value.shape)}")
+    actual = value.shape
+    fits = len(actual) == len(expected)
+    if fits:
+        for size, want in zip(actual, expected, strict=True):
+            if not isinstance(want, str) and size is not want and _differ(size, want):
+                fits = False
+    if not fits:
+        wanted = ", ".join(str(e) for e in expected)
+        raise ValueError(f"{name}: expected shape [{wanted}], got {list(actual)}")
 
 
 def _differ(size: int | torch.SymInt, expected: int | torch.SymInt) -> bool:
@@ -89,3 +92,20 @@ def option(name: str, value: Any, allowed: Sequence[str]) -> None:
     # Not `value in allowed` alone: that asks an array for its truth.
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(repr(a) for a in allowed)}, got {value!r}")
+
+
+def argument(name: str, kind: str, optional: bool, value: Any, options: Sequence[str] = ()) -> None:
+    """Refuses a value that does not fit the type which a torch schema gives the argument: "Tensor", "int", "bool", ...
+
+    `options` are the strings that a "str" may be.
+    """
+    if kind == "Tensor":
+        tensor(name, value, optional=optional)
+    elif kind == "int":
+        integer(name, value, optional=optional)
+    elif kind == "float":
+        number(name, value)
+    elif kind == "bool":
+        flag(name, value)
+    elif kind == "str":
+        option(name, value, options)

@@ -7,7 +7,8 @@ through `register()` instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from moeyard import _native
+from moeyard.ops import _check, _direct
 
 # A module global: an op lives as long as its Library object.
 _LIBRARY = torch.library.Library("moeyard", "DEF")
@@ -41,18 +43,45 @@ def address(x: Tensor | None) -> int:
 
 
 class Op:
-    """One registered operator: `op(*args)` goes through the dispatcher, `op.below(*args)` starts below autograd."""
+    """One registered operator: `op(*args)` checks the types of its arguments and calls it, `op.below(*args)` starts
+    below autograd."""
 
-    def __init__(self, overload: Any) -> None:
-        self.overload = overload
+    def __init__(self, overload: Any, cpu: Callable[..., Any], options: Mapping[str, Sequence[str]]) -> None:
+        self.overload, self._cpu, self._options = overload, cpu, options
+        self.autograd: type[torch.autograd.Function] | None = None
+        arguments = overload._schema.arguments
+        self._names = tuple(a.name for a in arguments)
+        self._types = tuple(_schema_type(str(a.type)) for a in arguments)
+        self._exact = tuple(_direct.exact_types(*t) for t in self._types)
+
+    def named(self, **names: str) -> Op:
+        """The same op, whose errors call some arguments by other names than the schema does."""
+        other = copy(self)
+        other._names = tuple(names.get(name, name) for name in self._names)
+        return other
 
     def __call__(self, *args: Any) -> Any:
+        if _direct.is_direct(args, self._exact):
+            if not _asks_for_gradient(args):
+                return self._cpu(*args)
+            if self.autograd is not None and _direct.autograd_is_on():
+                return self.autograd.apply(*args)
+        for name, (kind, optional), value in zip(self._names, self._types, args, strict=True):
+            _check.argument(name, kind, optional, value, self._options.get(name, ()))
         return self.overload(*args)
 
     def below(self, *args: Any) -> Any:
         """Calls the op without autograd; what a forward inside `torch.autograd.Function` uses."""
+        if _direct.is_direct(args, self._exact):
+            return self._cpu(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*args)
+
+
+def _schema_type(text: str) -> tuple[str, bool]:
+    """("Tensor", True) for "Optional[Tensor]"."""
+    optional = text.startswith("Optional[")
+    return (text.removeprefix("Optional[").removesuffix("]"), True) if optional else (text, False)
 
 
 def register(
@@ -62,6 +91,7 @@ def register(
     cuda: Callable[..., Any] | None = None,
     fake: Callable[..., Any],
     autograd: type[torch.autograd.Function] | str | None = None,
+    options: Mapping[str, Sequence[str]] | None = None,
 ) -> Op:
     """Defines `moeyard::<schema>` and binds its implementations.
 
@@ -72,6 +102,7 @@ def register(
         fake: shapes and dtypes of the outputs, for `torch.compile`, export and meta tensors.
         autograd: the function on the Autograd key; None for an op without a gradient; for an op whose derivative is not
             supported, the message of the NotImplementedError that asking for it raises.
+        options: what the arguments of type str may be.
     """
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -79,18 +110,18 @@ def register(
     _LIBRARY.impl(name, cuda or _no_cuda(name), "CUDA")
     torch.library.register_fake(f"moeyard::{name}", fake, lib=_LIBRARY)
     torch.library.register_vmap(f"moeyard::{name}", _no_vmap(name), lib=_LIBRARY)
-    op = Op(getattr(torch.ops.moeyard, name).default)
+    op = Op(getattr(torch.ops.moeyard, name).default, cpu, options or {})
     if isinstance(autograd, str):
         autograd = _refusing(op, autograd)
     if autograd is not None:
+        op.autograd = autograd
         _LIBRARY.impl(name, _autograd_entry(op, autograd), "Autograd")
     return op
 
 
 def _autograd_entry(op: Op, function: type[torch.autograd.Function]) -> Callable[..., Any]:
     def entry(*args: Any) -> Any:
-        # Forward-mode AD goes the same way, so that torch answers with its error instead of dropping the tangent.
-        if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and _any_requires_grad(args)):
+        if _asks_for_gradient(args):
             return function.apply(*args)
         return op.below(*args)
 
@@ -113,8 +144,11 @@ def _refusing(op: Op, message: str) -> type[torch.autograd.Function]:
     return Refusing
 
 
-def _any_requires_grad(args: tuple[Any, ...]) -> bool:
-    return any(isinstance(a, Tensor) and a.requires_grad for a in args)
+def _asks_for_gradient(args: tuple[Any, ...]) -> bool:
+    # Forward-mode AD goes the same way, so that torch answers with its error instead of dropping the tangent.
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
 def _no_cuda(name: str) -> Callable[..., Any]:

@@ -113,19 +113,7 @@ def topk_gating(
     Source: Shazeer et al. 2017 (arXiv:1701.06538, importance), Fedus et al. 2021 (arXiv:2101.03961, load balancing),
     Zoph et al. 2022 (arXiv:2202.08906, z-loss), DeepSeek-AI 2024 (arXiv:2412.19437, sigmoid scores, bias, groups).
     """
-    _check.tensor("logits", logits)
-    _check.integer("k", k)
-    _check.option("score", score, SCORES)
-    _check.flag("renormalize", renormalize)
-    _check.tensor("selection_bias", selection_bias, optional=True)
-    _check.integer("num_groups", num_groups, optional=True)
-    _check.integer("topk_groups", topk_groups, optional=True)
-    _check.integer("group_score_experts", group_score_experts)
-    _check.number("scale", scale)
-    _check.tensor("mask", mask, optional=True)
-    _check.tensor("forced_experts", forced_experts, optional=True)
-    _check.option("forced_weights", forced_weights, FORCED_WEIGHTS)
-    if selection_bias is not None and selection_bias.requires_grad:
+    if isinstance(selection_bias, Tensor) and selection_bias.requires_grad:
         selection_bias = selection_bias.detach()
     groups = (num_groups, topk_groups, group_score_experts)
     return Gating(
@@ -372,10 +360,12 @@ class _Autograd(torch.autograd.Function):
         return (grad_logits, *[None] * 11)
 
 
-_op = register(_SCHEMA, cpu=_cpu, fake=_fake, autograd=_Autograd)
+_OPTIONS = {"score": SCORES, "forced_weights": FORCED_WEIGHTS}
+_op = register(_SCHEMA, cpu=_cpu, fake=_fake, autograd=_Autograd, options=_OPTIONS)
 _backward_op = register(
     _BACKWARD_SCHEMA,
     cpu=_cpu_backward,
     fake=_fake_backward,
     autograd="topk_gating: second derivatives are not supported",
+    options=_OPTIONS,
 )
