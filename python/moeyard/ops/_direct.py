@@ -8,10 +8,12 @@ Whatever is not certainly plain takes the dispatcher.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 _C: Any = torch._C
 
@@ -26,7 +28,9 @@ def _key_set(*names: str) -> int:
 try:
     # An ordinary CPU tensor, and one made under inference_mode. Subclasses, functorch's wrappers, sparse, quantized,
     # nested, zero tensors and lazy negations all carry more keys or others.
-    _PLAIN = frozenset({_key_set("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU"), _key_set("CPU", "AutocastCPU")})
+    _PLAIN = frozenset(
+        {_key_set("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU"), _key_set("CPU", "AutocastCPU")}
+    )
     # What this thread adds to every call: modes, transforms and tracers would stand here.
     _NO_MODE = frozenset({_key_set("BackendSelect", "ADInplaceOrView"), _key_set("BackendSelect")})
     _AUTOGRAD = _C.DispatchKey.AutogradCPU
@@ -51,28 +55,46 @@ _EXACT: dict[str, frozenset[type]] = {
 }
 
 
-def exact_types(kind: str, optional: bool) -> frozenset[type]:
-    """What `is_direct` accepts for an argument of this schema type ("Tensor", "int", ...); nothing for a list."""
-    exact = _EXACT.get(kind, frozenset())
-    return exact | {type(None)} if exact and optional else exact
+class DirectCalls:
+    """Tells the calls of one op that can only end in its CPU implementation (under autograd, where that is on).
 
+    Args:
+        kinds: the schema types of the arguments, such as ("Tensor", False), and whether None is allowed.
+    """
 
-def is_direct(args: tuple[Any, ...], types: tuple[frozenset[type], ...]) -> bool:
-    """Whether a call with these arguments can only end in the CPU implementation (under autograd, where that is on)."""
-    if torch.compiler.is_compiling() or not _KNOWN:
-        return False
-    if _function_modes() or _is_profiling() or _keys_added().raw_repr() not in _NO_MODE:
-        return False
-    for arg, allowed in zip(args, types, strict=True):
-        kind = type(arg)
-        if kind not in allowed:
-            return False
-        if kind in _TENSORS:
-            if _keys_of(arg).raw_repr() not in _PLAIN:
-                return False
-        elif kind is int and not -(2**63) <= arg < 2**63:
-            return False
-    return True
+    def __init__(self, kinds: Sequence[tuple[str, bool]]) -> None:
+        self._exact = [
+            _EXACT.get(kind, frozenset()) | ({type(None)} if optional else set()) for kind, optional in kinds
+        ]
+        # For each combination of argument types seen: where the tensors and the ints stand; None if it does not fit.
+        self._layouts: dict[tuple[type, ...], tuple[list[int], list[int]] | None] = {}
+
+    def tensors(self, args: tuple[Any, ...]) -> list[Tensor] | None:
+        """The tensors among the arguments of such a call, None for any other call."""
+        if is_compiling() or not _KNOWN:
+            return None
+        if _function_modes() or _is_profiling() or _keys_added().raw_repr() not in _NO_MODE:
+            return None
+        types = tuple(map(type, args))
+        layout = self._layouts[types] if types in self._layouts else self._learn(types)
+        if layout is None:
+            return None
+        found = [args[i] for i in layout[0]]
+        for tensor in found:
+            if _keys_of(tensor).raw_repr() not in _PLAIN:
+                return None
+        for i in layout[1]:
+            if not -(2**63) <= args[i] < 2**63:
+                return None
+        return found
+
+    def _learn(self, types: tuple[type, ...]) -> tuple[list[int], list[int]] | None:
+        layout = None
+        if all(have in allowed for have, allowed in zip(types, self._exact, strict=True)):
+            tensors = [i for i, have in enumerate(types) if have in _TENSORS]
+            layout = tensors, [i for i, have in enumerate(types) if have is int]
+        self._layouts[types] = layout
+        return layout
 
 
 def autograd_is_on() -> bool:

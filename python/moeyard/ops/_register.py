@@ -7,7 +7,7 @@ through `register()` instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from moeyard import _native
-from moeyard.ops import _check, _direct
+from moeyard.ops import _check
+from moeyard.ops._direct import DirectCalls, autograd_is_on
 
 # A module global: an op lives as long as its Library object.
 _LIBRARY = torch.library.Library("moeyard", "DEF")
@@ -52,7 +53,7 @@ class Op:
         arguments = overload._schema.arguments
         self._names = tuple(a.name for a in arguments)
         self._types = tuple(_schema_type(str(a.type)) for a in arguments)
-        self._exact = tuple(_direct.exact_types(*t) for t in self._types)
+        self._direct = DirectCalls(self._types)
 
     def named(self, **names: str) -> Op:
         """The same op, whose errors call some arguments by other names than the schema does."""
@@ -61,10 +62,11 @@ class Op:
         return other
 
     def __call__(self, *args: Any) -> Any:
-        if _direct.is_direct(args, self._exact):
-            if not _asks_for_gradient(args):
+        tensors = self._direct.tensors(args)
+        if tensors is not None:
+            if not _asks_for_gradient(tensors):
                 return self._cpu(*args)
-            if self.autograd is not None and _direct.autograd_is_on():
+            if self.autograd is not None and autograd_is_on():
                 return self.autograd.apply(*args)
         for name, (kind, optional), value in zip(self._names, self._types, args, strict=True):
             _check.argument(name, kind, optional, value, self._options.get(name, ()))
@@ -72,7 +74,7 @@ class Op:
 
     def below(self, *args: Any) -> Any:
         """Calls the op without autograd; what a forward inside `torch.autograd.Function` uses."""
-        if _direct.is_direct(args, self._exact):
+        if self._direct.tensors(args) is not None:
             return self._cpu(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*args)
@@ -144,11 +146,15 @@ def _refusing(op: Op, message: str) -> type[torch.autograd.Function]:
     return Refusing
 
 
-def _asks_for_gradient(args: tuple[Any, ...]) -> bool:
+def _asks_for_gradient(args: Iterable[Any]) -> bool:
     # Forward-mode AD goes the same way, so that torch answers with its error instead of dropping the tangent.
     if forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+    if torch.is_grad_enabled():
+        for arg in args:
+            if isinstance(arg, Tensor) and arg.requires_grad:
+                return True
+    return False
 
 
 def _no_cuda(name: str) -> Callable[..., Any]:
