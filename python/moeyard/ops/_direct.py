@@ -33,7 +33,7 @@ try:
     )
     # What this thread adds to every call: modes, transforms and tracers would stand here.
     _NO_MODE = frozenset({_key_set("BackendSelect", "ADInplaceOrView"), _key_set("BackendSelect")})
-    _AUTOGRAD = _C.DispatchKey.AutogradCPU
+    _AUTOGRAD = _C.DispatchKey.AutogradOther  # stands for every autograd key in what a thread excludes
     _keys_of, _keys_added, _is_excluded = (
         _C._dispatch_keys,
         _C._dispatch_tls_local_include_set,

@@ -63,11 +63,6 @@ def gather_segments(
     segments that overlap have none (ValueError).
     Source: the batching of PyTorch Geometric (arXiv 1903.02428): `Batch.from_data_list`.
     """
-    _check.tensor("values", values)
-    _check.tensor("ptr", ptr)
-    _check.tensor("index", index)
-    _check.tensor("add", add, optional=True)
-    _check.integer("total", total, minimum=0, optional=True)
     return Segments(*_op(values, ptr, index, add, total))
 
 

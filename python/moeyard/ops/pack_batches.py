@@ -79,10 +79,6 @@ def pack_batches(
     outputs: 4 bytes per sample and a few words per segment and open batch.
     Source: Csirik & Johnson, "Bounded space on-line bin packing: best is better than first", Algorithmica 31 (2001).
     """
-    _check.tensor("sizes", sizes)
-    for name, value in (("order", order), ("segments", segments), ("sizes2", sizes2)):
-        _check.tensor(name, value, optional=True)
-    _check_options(budget, max_samples, budget2, lookahead, oversize)
     return Packing(*_op(sizes, budget, order, segments, max_samples, sizes2, budget2, lookahead, oversize))
 
 
@@ -152,14 +148,6 @@ def pack_batches_reference(
 # ---- below the dispatcher ---------------------------------------------------------------------------------------
 
 
-def _check_options(budget: Any, max_samples: Any, budget2: Any, lookahead: Any, oversize: Any) -> None:
-    _check.integer("budget", budget, minimum=1)
-    _check.integer("max_samples", max_samples, minimum=1, optional=True)
-    _check.integer("budget2", budget2, minimum=1, optional=True)
-    _check.integer("lookahead", lookahead, minimum=0)
-    _check.option("oversize", oversize, _OVERSIZE)
-
-
 def _validate(
     sizes: Tensor,
     budget: Any,
@@ -171,7 +159,11 @@ def _validate(
     lookahead: Any,
     oversize: str,
 ) -> None:
-    _check_options(budget, max_samples, budget2, lookahead, oversize)
+    _check.integer("budget", budget, minimum=1)
+    _check.integer("max_samples", max_samples, minimum=1, optional=True)
+    _check.integer("budget2", budget2, minimum=1, optional=True)
+    _check.integer("lookahead", lookahead, minimum=0)
+    _check.option("oversize", oversize, _OVERSIZE)
     _check.shape("sizes", sizes, ["N"])
     _check.dtype("sizes", sizes, _INTS)
     if (sizes2 is None) != (budget2 is None):
@@ -246,4 +238,4 @@ def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return index, ptr, fill, left
 
 
-_op = register(_SCHEMA, cpu=_cpu, fake=_fake)
+_op = register(_SCHEMA, cpu=_cpu, fake=_fake, options={"oversize": _OVERSIZE})

@@ -55,9 +55,7 @@ def permute_tokens(x: Tensor, plan: PermutationPlan, *, slot_weights: Tensor | N
     precision and gets its gradient in its own dtype.
     Source: MegaBlocks (arXiv 2211.15841).
     """
-    _check.tensor("x", x)
     _check_plan_type(plan)
-    _check.tensor("slot_weights", slot_weights, optional=True)
     out: Tensor = _OPS["permute_tokens"](x, plan.row_of_slot, plan.slot_of_row, slot_weights)
     return out
 
@@ -80,9 +78,7 @@ def unpermute_tokens(y: Tensor, plan: PermutationPlan, weights: Tensor | None = 
     y keeps its dtype. Gradients of any order; padding and tail rows get zeros.
     Source: MegaBlocks (arXiv 2211.15841).
     """
-    _check.tensor("y", y)
     _check_plan_type(plan)
-    _check.tensor("weights", weights, optional=True)
     out: Tensor = _OPS["unpermute_tokens"](y, plan.row_of_slot, plan.slot_of_row, weights)
     return out
 
@@ -93,8 +89,6 @@ def unpermute_tokens(y: Tensor, plan: PermutationPlan, weights: Tensor | None = 
 def _check_plan_type(plan: Any) -> None:
     if not isinstance(plan, PermutationPlan):
         raise TypeError(f"plan: expected a PermutationPlan, got {type(plan).__name__}")
-    _check.tensor("plan.row_of_slot", plan.row_of_slot)
-    _check.tensor("plan.slot_of_row", plan.slot_of_row)
 
 
 def _validate(name: str, source: Tensor, row_of_slot: Tensor, slot_of_row: Tensor, weights: Tensor | None) -> None:
@@ -321,7 +315,8 @@ for _name, _source, _schema, _backward_schema, _cpu, _fake in (
     ("unpermute_tokens", "y", _UNPERMUTE, _UNPERMUTE_BACKWARD, _unpermute_cpu, _unpermute_fake),
 ):
     _forward, _backward = _gradients(_name, _source)
-    _OPS[_name] = register(_schema, cpu=_cpu, fake=_fake, autograd=_forward)
+    _op = register(_schema, cpu=_cpu, fake=_fake, autograd=_forward)
+    _OPS[_name] = _op.named(row_of_slot="plan.row_of_slot", slot_of_row="plan.slot_of_row")
     _OPS[_name + "_backward"] = register(
         _backward_schema, cpu=_backward_cpu(_source), fake=_backward_fake(_source), autograd=_backward
     )

@@ -24,6 +24,7 @@ _SCHEMA = (
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _LIMIT = 2**31 - 1
+_DROP = ("position", "weight")
 _WEIGHTS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -70,13 +71,8 @@ def plan_permutation(
     Determinism: integers, equal on every device and for any number of threads. Autocast and gradients do not apply.
     Source: GShard (arXiv 2006.16668) for capacity; MegaBlocks (arXiv 2211.15841) for blocks without dropping.
     """
-    _check.tensor("experts", experts)
-    _check.tensor("weights", weights, optional=True)
-    _check.integer("num_experts", num_experts, minimum=1)
-    _check.integer("capacity", capacity, minimum=0, optional=True)
-    _check.integer("align", align, minimum=1)
-    _check.option("drop", drop, ("position", "weight"))
-    weights = None if weights is None else weights.detach()
+    if isinstance(weights, Tensor) and weights.requires_grad:
+        weights = weights.detach()
     return PermutationPlan(*_op(experts, num_experts, capacity, drop, weights, align))
 
 
@@ -102,7 +98,7 @@ def _validate(experts: Tensor, num_experts: Any, capacity: Any, drop: str, weigh
     _check.integer("num_experts", num_experts, minimum=1)
     _check.integer("capacity", capacity, minimum=0, optional=True)
     _check.integer("align", align, minimum=1)
-    _check.option("drop", drop, ("position", "weight"))
+    _check.option("drop", drop, _DROP)
     if drop == "weight" and weights is None:
         raise ValueError('weights: expected a tensor with drop="weight", got None')
     if weights is not None:
@@ -162,4 +158,4 @@ def _fake(
     return _outputs(experts, num_experts, _validate(experts, num_experts, capacity, drop, weights, align))
 
 
-_op = register(_SCHEMA, cpu=_cpu, fake=_fake)
+_op = register(_SCHEMA, cpu=_cpu, fake=_fake, options={"drop": _DROP})

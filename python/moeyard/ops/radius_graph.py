@@ -105,13 +105,8 @@ def radius_graph(
 
     Source: cell lists (Hockney and Eastwood 1981; Allen and Tildesley 1987) and k-d trees (Bentley 1975).
     """
-    _check_common(pos, "pos", batch, "batch", ptr, "ptr")
     r = _cutoff(r)
-    _check.integer("max_num_neighbors", max_num_neighbors, minimum=1, optional=True)
-    for name, value in (("symmetric", symmetric), ("loop", loop), ("half", half)):
-        _check.flag(name, value)
     _check.option("flow", flow, _FLOWS)
-    _check_output(cell, pbc, geometry, max_edges)
     backwards = flow == "target_to_source"
     return RadiusGraph(
         *_op(
@@ -151,13 +146,10 @@ def radius(
 
     Raises, Determinism, Autocast, Gradient, Source: see `radius_graph`; gradients reach x, y and cell.
     """
-    _check_common(x, "x", batch_x, "batch_x", ptr_x, "ptr_x")
-    _check_common(y, "y", batch_y, "batch_y", ptr_y, "ptr_y")
+    _check.tensor("y", y)
     r = _cutoff(r)
-    _check.integer("max_num_neighbors", max_num_neighbors, minimum=1, optional=True)
-    _check_output(cell, pbc, geometry, max_edges)
     return RadiusGraph(
-        *_op(
+        *_radius_op(
             x, y, r, None, batch_x, batch_y, ptr_x, ptr_y, cell, pbc, max_num_neighbors, False, True, False, True,
             geometry, max_edges,
         )
@@ -195,11 +187,8 @@ def knn_graph(
 
     Determinism, Autocast, Gradient: see `radius_graph`. Source: k-d trees (Bentley 1975; Friedman et al. 1977).
     """
-    _check_common(pos, "pos", batch, "batch", ptr, "ptr")
     _check.integer("k", k, minimum=1)
-    _check.flag("loop", loop)
     _check.option("flow", flow, _FLOWS)
-    _check_output(cell, pbc, geometry, max_edges)
     backwards = flow == "target_to_source"
     return RadiusGraph(
         *_op(
@@ -209,24 +198,11 @@ def knn_graph(
     )  # fmt: skip
 
 
-def _check_common(pos: Any, pos_name: str, batch: Any, batch_name: str, ptr: Any, ptr_name: str) -> None:
-    _check.tensor(pos_name, pos)
-    _check.tensor(batch_name, batch, optional=True)
-    _check.tensor(ptr_name, ptr, optional=True)
-
-
 def _cutoff(r: Any) -> float:
     _check.number("r", r)
     if isinstance(r, int) and abs(r) > 2**1023:
         raise ValueError("r: expected a finite distance, got an int beyond float64")
     return float(r) if isinstance(r, int) else r
-
-
-def _check_output(cell: Any, pbc: Any, geometry: Any, max_edges: Any) -> None:
-    _check.tensor("cell", cell, optional=True)
-    _check.tensor("pbc", pbc, optional=True)
-    _check.flag("geometry", geometry)
-    _check.integer("max_edges", max_edges, minimum=0, optional=True)
 
 
 # ---- checks by shape, for real and fake tensors ---------------------------------------------------------------------
@@ -361,3 +337,4 @@ class _Autograd(torch.autograd.Function):
 
 
 _op = register(_SCHEMA, cpu=_cpu, fake=_fake, autograd=_Autograd)
+_radius_op = _op.named(pos="x", centres="y", batch="batch_x", batch_centres="batch_y", ptr="ptr_x", ptr_centres="ptr_y")
