@@ -34,16 +34,16 @@ def dtype(name: str, value: Tensor, allowed: Collection[torch.dtype]) -> None:
 
 
 def shape(name: str, value: Tensor, expected: Sequence[int | str]) -> None:
-    """ValueError unless the shape fits; a letter stands for any size: `shape("x", x, ["T", 3])`."""
+    """ValueError unless the shape fits; a letter stands for any size: `shape("x", x, ("T", 3))`."""
     actual = value.shape
-    fits = len(actual) == len(expected)
-    if fits:
-        for size, want in zip(actual, expected, strict=True):
-            if not isinstance(want, str) and size is not want and _differ(size, want):
-                fits = False
-    if not fits:
-        wanted = ", ".join(str(e) for e in expected)
-        raise ValueError(f"{name}: expected shape [{wanted}], got {list(actual)}")
+    if len(actual) == len(expected):
+        for i, want in enumerate(expected):
+            if not isinstance(want, str) and actual[i] is not want and _differ(actual[i], want):
+                break
+        else:
+            return
+    wanted = ", ".join(str(e) for e in expected)
+    raise ValueError(f"{name}: expected shape [{wanted}], got {list(actual)}")
 
 
 def _differ(size: int | torch.SymInt, expected: int | torch.SymInt) -> bool:
@@ -72,10 +72,9 @@ def integer(name: str, value: Any, *, minimum: int | None = None, optional: bool
         raise TypeError(f"{name}: expected an int{' or None' if optional else ''}, got {type(value).__name__}")
     if minimum is not None and value < minimum:
         raise ValueError(f"{name}: expected at least {minimum}, got {value}")
-    if isinstance(value, int) and value > 2**63 - 1:
-        raise ValueError(f"{name}: expected at most 2^63 - 1, got {value}")
-    if isinstance(value, int) and value < -(2**63):
-        raise ValueError(f"{name}: expected at least -2^63, got {value}")
+    if type(value) is int and not -(2**63) <= value < 2**63:
+        bound = "at most 2^63 - 1" if value > 0 else "at least -2^63"
+        raise ValueError(f"{name}: expected {bound}, got {value}")
 
 
 def number(name: str, value: Any) -> None:
