@@ -169,16 +169,19 @@ def _validate(
         raise ValueError(f"k: expected 1 to {E} (the number of experts), got {k}")
     _check.option("score", score, SCORES)
     _check_groups(E, k, *groups)
-    _check_scale(scale, compute_dtype(logits.dtype))
-    _check.same_device("logits", logits, selection_bias=selection_bias, mask=mask, forced_experts=forced_experts)
+    if scale != 1.0:
+        _check_scale(scale, compute_dtype(logits.dtype))
     if selection_bias is not None:
+        _check.same_device("logits", logits, selection_bias=selection_bias)
         _check.dtype("selection_bias", selection_bias, _DTYPES)
         _check.shape("selection_bias", selection_bias, [E])
     if mask is not None:
+        _check.same_device("logits", logits, mask=mask)
         _check.dtype("mask", mask, [torch.bool])
         _check.shape("mask", mask, [T])
     _check.option("forced_weights", forced_weights, FORCED_WEIGHTS)
     if forced_experts is not None:
+        _check.same_device("logits", logits, forced_experts=forced_experts)
         _check.dtype("forced_experts", forced_experts, [torch.int32, torch.int64])
         _check.shape("forced_experts", forced_experts, [T] if forced_experts.dim() == 1 else [T, k])
     elif forced_weights == "one":
