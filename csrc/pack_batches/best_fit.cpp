@@ -1,0 +1,204 @@
+#include "pack_batches/best_fit.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+namespace moeyard::cpu {
+
+// ---- tree -------------------------------------------------------------------------------------------------------
+
+uint32_t TreeBestFit::place(const Block& block, int64_t i) {
+  const int64_t size = block.size[i], size2 = block.size2[i];
+  const uint32_t rank = block.rank[i];
+  auto best = open_.lower_bound(Open{size, -1, 0, 0, 0});
+  while (best != open_.end() && (size2 > best->room2 || rank - best->rank > 1)) ++best;
+  Tree::node_type node;
+  if (best != open_.end()) {
+    node = open_.extract(best);
+  } else {
+    // Nodes are reused: the set allocates no more often than a batch is opened below the limit.
+    if (int64_t(open_.size()) == q_.lookahead) node = open_.extract(open_.begin()), close(node.value());
+    const Open fresh{q_.budget, int64_t(plan_.fill.size()), q_.sizes2 ? q_.budget2 : 0, 0, rank};
+    plan_.fill.push_back(0);
+    if (node.empty()) node = open_.extract(open_.insert(fresh).first);
+    node.value() = fresh;
+  }
+  Open& batch = node.value();
+  batch.room -= size, batch.room2 -= size2, ++batch.count;
+  const uint32_t number = uint32_t(batch.number);
+  if (batch.room > 0 && batch.count < q_.max_samples)
+    open_.insert(std::move(node));
+  else
+    close(batch);
+  return number;
+}
+
+void TreeBestFit::close_rank(uint32_t rank) {
+  for (auto at = open_.begin(); at != open_.end();) {
+    if (at->rank == rank) close(*at);
+    at = at->rank == rank ? open_.erase(at) : std::next(at);
+  }
+}
+
+void TreeBestFit::pack(const Samples& samples, const Block& block, uint32_t* batch) {
+  for (int64_t i = 0; i < block.n; ++i) {
+    samples.prefetch(block.first + i);
+    batch[i] = oversize(q_, block.size[i], block.size2[i]) ? place_oversize(q_, block, i, plan_) : place(block, i);
+    if (block.finished[i] & kThis) close_rank(block.rank[i]);
+    if (block.finished[i] & kPrevious) close_rank(block.rank[i] - 1);
+  }
+}
+
+PackPlan TreeBestFit::finish() {
+  for (const Open& batch : open_) close(batch);
+  return std::move(plan_);
+}
+
+// ---- vectors ----------------------------------------------------------------------------------------------------
+
+namespace {
+constexpr uint32_t kFree = 0xffffffffu, kPlaceBits = 6;
+// Keys less what a sample takes are below this where it fits and wrap around above it where not.
+constexpr uint32_t kFits = 0x80000000u;
+}  // namespace
+
+#ifdef __GNUC__
+namespace {
+
+template <Simd level>
+struct Register {
+  static constexpr int kLanes = level == Simd::avx512 ? 16 : level == Simd::avx2 ? 8 : 4;
+  typedef uint32_t type __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+};
+
+// Leaves the least lane in every lane.
+template <int kBy, class V, size_t... i>
+MOEYARD_INLINE void spread_least(V& v, std::index_sequence<i...> lanes) {
+  const V rotated = __builtin_shufflevector(v, v, ((i + kBy) % sizeof...(i))...);
+  v = v < rotated ? v : rotated;
+  if constexpr (kBy > 1) spread_least<kBy / 2>(v, lanes);
+}
+
+}  // namespace
+
+// kUsed: places that may be in use. kRules: there are sizes2 or segments.
+template <int kUsed, bool kRules>
+struct VectorBestFit::Kernel {
+  template <Simd level>
+  static MOEYARD_INLINE void run(VectorBestFit* open, const Samples* samples, const Block* block, uint32_t* batch) {
+    using V = typename Register<level>::type;
+    constexpr int kLanes = Register<level>::kLanes, kVectors = kUsed / kLanes;
+    const PackRequest& q = open->q_;
+    const V none = V{} + kFree;
+    V key[kVectors], room2[kVectors], rank[kVectors];
+    const auto load = [&]() MOEYARD_INLINE_LAMBDA {
+      std::memcpy(key, open->key_, sizeof key);
+      if (kRules) std::memcpy(room2, open->room2_, sizeof room2), std::memcpy(rank, open->rank_, sizeof rank);
+    };
+    const auto store = [&]() MOEYARD_INLINE_LAMBDA {
+      std::memcpy(open->key_, key, sizeof key);
+      if (kRules) std::memcpy(open->room2_, room2, sizeof room2);
+    };
+    load();
+    for (int64_t i = 0; i < block->n; ++i) {
+      samples->prefetch(block->first + i);
+      const int64_t size = block->size[i], size2 = block->size2[i];
+      if (oversize(q, size, size2)) {
+        batch[i] = place_oversize(q, *block, i, open->plan_);
+      } else {
+        const uint32_t takes = uint32_t(size) << kPlaceBits;
+        V rest[kVectors], least = none;
+        for (int v = 0; v < kVectors; ++v) {
+          rest[v] = key[v] - takes;
+          if (kRules) rest[v] = (room2[v] < uint32_t(size2)) | (block->rank[i] - rank[v] > 1u) ? none : rest[v];
+          least = rest[v] < least ? rest[v] : least;
+        }
+        spread_least<kLanes / 2>(least, std::make_index_sequence<kLanes>());
+        const uint32_t best = least[0];
+        if (best < kFits) {
+          for (int v = 0; v < kVectors; ++v) {
+            if (kRules) room2[v] = rest[v] == least ? room2[v] - uint32_t(size2) : room2[v];
+            key[v] = rest[v] == least ? rest[v] : key[v];
+          }
+          const int place = int(best % kPlaces);
+          batch[i] = open->number_[place];
+          if (++open->count_[place] == q.max_samples || best < kPlaces) store(), open->close(place), load();
+        } else {
+          store();
+          batch[i] = open->open(uint32_t(size), uint32_t(size2), block->rank[i]);
+          load();
+        }
+      }
+      if (kRules && block->finished[i]) {
+        store();
+        if (block->finished[i] & kThis) open->close_rank(block->rank[i]);
+        if (block->finished[i] & kPrevious) open->close_rank(block->rank[i] - 1);
+        load();
+      }
+    }
+    store();
+  }
+};
+#endif
+
+bool VectorBestFit::takes([[maybe_unused]] const PackRequest& q) {
+#ifdef __GNUC__
+  constexpr int64_t kBudgets = int64_t(kFits) / kPlaces;
+  return q.lookahead <= kPlaces && q.budget < kBudgets && (!q.sizes2 || q.budget2 < int64_t(kFree));
+#else
+  return false;
+#endif
+}
+
+VectorBestFit::VectorBestFit(const PackRequest& q) : q_(q) {
+  std::fill_n(key_, kPlaces, kFree);
+  std::fill_n(room2_, kPlaces, 0u);
+  std::fill_n(rank_, kPlaces, 0u);
+}
+
+uint32_t VectorBestFit::open(uint32_t size, uint32_t size2, uint32_t rank) {
+  if (open_ == q_.lookahead) close(int(*std::min_element(key_, key_ + open_) % kPlaces));
+  const int place = open_++;
+  const uint32_t number = uint32_t(plan_.fill.size());
+  plan_.fill.push_back(0);
+  key_[place] = (uint32_t(q_.budget) - size) * kPlaces + uint32_t(place);
+  room2_[place] = q_.sizes2 ? uint32_t(q_.budget2) - size2 : 0;
+  rank_[place] = rank, number_[place] = number, count_[place] = 1;
+  if (size == q_.budget || q_.max_samples == 1) close(place);
+  return number;
+}
+
+void VectorBestFit::close(int place) {
+  plan_.fill[number_[place]] = q_.budget - key_[place] / kPlaces;
+  --open_;
+  const auto close_up = [&](auto* values) { std::copy(values + place + 1, values + open_ + 1, values + place); };
+  close_up(key_), close_up(room2_), close_up(rank_), close_up(number_), close_up(count_);
+  for (int p = place; p < open_; ++p) --key_[p];  // it holds its place, which is one less
+  key_[open_] = kFree;
+}
+
+void VectorBestFit::close_rank(uint32_t rank) {
+  for (int place = open_ - 1; place >= 0; --place)
+    if (rank_[place] == rank) close(place);
+}
+
+void VectorBestFit::pack([[maybe_unused]] const Samples& samples, [[maybe_unused]] const Block& block,
+                         [[maybe_unused]] uint32_t* batch) {
+#ifdef __GNUC__
+  const bool rules = q_.sizes2 || q_.segments, few = q_.lookahead <= 16;
+  if (rules)
+    few ? run_on_level<Kernel<16, true>>(this, &samples, &block, batch)
+        : run_on_level<Kernel<kPlaces, true>>(this, &samples, &block, batch);
+  else
+    few ? run_on_level<Kernel<16, false>>(this, &samples, &block, batch)
+        : run_on_level<Kernel<kPlaces, false>>(this, &samples, &block, batch);
+#endif
+}
+
+PackPlan VectorBestFit::finish() {
+  while (open_ > 0) close(open_ - 1);
+  return std::move(plan_);
+}
+
+}  // namespace moeyard::cpu
