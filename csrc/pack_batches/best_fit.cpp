@@ -58,7 +58,7 @@ PackPlan TreeBestFit::finish() {
 // ---- vectors ----------------------------------------------------------------------------------------------------
 
 namespace {
-constexpr uint32_t kFree = 0xffffffffu, kPlaceBits = 6;
+constexpr uint32_t kFree = 0xffffffffu;
 // Keys less what a sample takes are below this where it fits and wrap around above it where not.
 constexpr uint32_t kFits = 0x80000000u;
 }  // namespace
@@ -75,58 +75,67 @@ struct Register {
 // Leaves the least lane in every lane.
 template <int kBy, class V, size_t... i>
 MOEYARD_INLINE void spread_least(V& v, std::index_sequence<i...> lanes) {
-  const V rotated = __builtin_shufflevector(v, v, ((i + kBy) % sizeof...(i))...);
-  v = v < rotated ? v : rotated;
+  const V other = __builtin_shufflevector(v, v, (i ^ kBy)...);
+  v = v < other ? v : other;
   if constexpr (kBy > 1) spread_least<kBy / 2>(v, lanes);
 }
 
 }  // namespace
 
-// kUsed: places that may be in use. kRules: there are sizes2 or segments.
+// kUsed: places that are looked at. kRules: there are sizes2 or segments. Packs from sample `from` of the block on and
+// returns how far it came: to the end, or to a sample that needs more places.
 template <int kUsed, bool kRules>
 struct VectorBestFit::Kernel {
   template <Simd level>
-  static MOEYARD_INLINE void run(VectorBestFit* open, const Samples* samples, const Block* block, uint32_t* batch) {
+  static MOEYARD_INLINE int64_t run(VectorBestFit* open, const Samples* samples, const Block* block, int64_t from,
+                                    uint32_t* batch) {
     using V = typename Register<level>::type;
     constexpr int kLanes = Register<level>::kLanes, kVectors = kUsed / kLanes;
     const PackRequest& q = open->q_;
-    const V none = V{} + kFree;
     V key[kVectors], room2[kVectors], rank[kVectors];
     const auto load = [&]() MOEYARD_INLINE_LAMBDA {
-      std::memcpy(key, open->key_, sizeof key);
-      if (kRules) std::memcpy(room2, open->room2_, sizeof room2), std::memcpy(rank, open->rank_, sizeof rank);
+      for (int v = 0; v < kVectors; ++v) {
+        std::memcpy(&key[v], open->key_ + v * kLanes, sizeof(V));
+        if (kRules) std::memcpy(&room2[v], open->room2_ + v * kLanes, sizeof(V));
+        if (kRules) std::memcpy(&rank[v], open->rank_ + v * kLanes, sizeof(V));
+      }
     };
     const auto store = [&]() MOEYARD_INLINE_LAMBDA {
-      std::memcpy(open->key_, key, sizeof key);
-      if (kRules) std::memcpy(open->room2_, room2, sizeof room2);
+      for (int v = 0; v < kVectors; ++v) {
+        std::memcpy(open->key_ + v * kLanes, &key[v], sizeof(V));
+        if (kRules) std::memcpy(open->room2_ + v * kLanes, &room2[v], sizeof(V));
+      }
     };
     load();
-    for (int64_t i = 0; i < block->n; ++i) {
+    int64_t i = from;
+    for (; i < block->n; ++i) {
       samples->prefetch(block->first + i);
-      const int64_t size = block->size[i], size2 = block->size2[i];
-      if (oversize(q, size, size2)) {
+      if (oversize(q, block->size[i], block->size2[i])) {
         batch[i] = place_oversize(q, *block, i, open->plan_);
       } else {
-        const uint32_t takes = uint32_t(size) << kPlaceBits;
-        V rest[kVectors], least = none;
+        const uint32_t size = uint32_t(block->size[i]), size2 = uint32_t(block->size2[i]), rank_here = block->rank[i];
+        V rest[kVectors], least = V{} + kFree;
         for (int v = 0; v < kVectors; ++v) {
-          rest[v] = key[v] - takes;
-          if (kRules) rest[v] = (room2[v] < uint32_t(size2)) | (block->rank[i] - rank[v] > 1u) ? none : rest[v];
+          rest[v] = key[v] - size * kPlaces;
+          // The sign of the sum that goes wrong: size2 above room2, ranks apart by more than 1. Arithmetic, because gcc
+          // joins two vector conditions in a way that takes the vectors apart.
+          if (kRules) rest[v] |= ((room2[v] - size2) | (0u - ((rank_here - rank[v]) >> 1))) & kFits;
           least = rest[v] < least ? rest[v] : least;
         }
         spread_least<kLanes / 2>(least, std::make_index_sequence<kLanes>());
         const uint32_t best = least[0];
         if (best < kFits) {
           for (int v = 0; v < kVectors; ++v) {
-            if (kRules) room2[v] = rest[v] == least ? room2[v] - uint32_t(size2) : room2[v];
+            if (kRules) room2[v] = rest[v] == least ? room2[v] - size2 : room2[v];
             key[v] = rest[v] == least ? rest[v] : key[v];
           }
           const int place = int(best % kPlaces);
           batch[i] = open->number_[place];
           if (++open->count_[place] == q.max_samples || best < kPlaces) store(), open->close(place), load();
         } else {
+          if (open->open_ == kUsed && kUsed < q.lookahead) break;
           store();
-          batch[i] = open->open(uint32_t(size), uint32_t(size2), block->rank[i]);
+          batch[i] = open->open(size, size2, rank_here);
           load();
         }
       }
@@ -138,6 +147,7 @@ struct VectorBestFit::Kernel {
       }
     }
     store();
+    return i;
   }
 };
 #endif
@@ -145,7 +155,7 @@ struct VectorBestFit::Kernel {
 bool VectorBestFit::takes([[maybe_unused]] const PackRequest& q) {
 #ifdef __GNUC__
   constexpr int64_t kBudgets = int64_t(kFits) / kPlaces;
-  return q.lookahead <= kPlaces && q.budget < kBudgets && (!q.sizes2 || q.budget2 < int64_t(kFree));
+  return q.lookahead <= kPlaces && q.budget < kBudgets && (!q.sizes2 || q.budget2 < int64_t(kFits));
 #else
   return false;
 #endif
@@ -186,13 +196,16 @@ void VectorBestFit::close_rank(uint32_t rank) {
 void VectorBestFit::pack([[maybe_unused]] const Samples& samples, [[maybe_unused]] const Block& block,
                          [[maybe_unused]] uint32_t* batch) {
 #ifdef __GNUC__
-  const bool rules = q_.sizes2 || q_.segments, few = q_.lookahead <= 16;
-  if (rules)
-    few ? run_on_level<Kernel<16, true>>(this, &samples, &block, batch)
-        : run_on_level<Kernel<kPlaces, true>>(this, &samples, &block, batch);
-  else
-    few ? run_on_level<Kernel<16, false>>(this, &samples, &block, batch)
-        : run_on_level<Kernel<kPlaces, false>>(this, &samples, &block, batch);
+  constexpr int kFew = 16;  // most epochs never need more
+  const bool rules = q_.sizes2 || q_.segments;
+  for (int64_t i = 0; i < block.n;) {
+    if (open_ < kFew || q_.lookahead <= kFew)
+      i = rules ? run_on_level<Kernel<kFew, true>>(this, &samples, &block, i, batch)
+                : run_on_level<Kernel<kFew, false>>(this, &samples, &block, i, batch);
+    else
+      i = rules ? run_on_level<Kernel<kPlaces, true>>(this, &samples, &block, i, batch)
+                : run_on_level<Kernel<kPlaces, false>>(this, &samples, &block, i, batch);
+  }
 #endif
 }
 
