@@ -70,8 +70,8 @@ int64_t segments_ptr(const SegmentsRequest& request, int64_t* out);
 void gather_segments(const SegmentsRequest& request, const int64_t* out_ptr, const void* values, int64_t row_items,
                      int64_t item_bytes, IntView add, int64_t total, void* out, int64_t* batch, int threads);
 
-/// The gradient: grad_values[v] = sum of grad over the output rows that came from v, in the order of m. grad_values is
-/// zeroed by the caller; `workspace` holds count elements.
+/// The gradient: grad_values[v] = sum of grad over the output rows that came from v, in the order of m; `workspace`
+/// holds 2 * count elements. Throws when chosen segments overlap.
 void gather_segments_backward(const SegmentsRequest& request, const int64_t* out_ptr, const void* grad,
                               int64_t row_items, DType dtype, int64_t* workspace, void* grad_values, int threads);
 
