@@ -5,6 +5,14 @@
 #include <utility>
 
 namespace moeyard::cpu {
+namespace {
+
+// Whether a batch of rank `batch` is finished by a sample of rank `sample`.
+bool is_finished(uint32_t batch, uint32_t sample, uint8_t finished) {
+  return ((finished & kThis) && batch == sample) || ((finished & kPrevious) && batch + 1 == sample);
+}
+
+}  // namespace
 
 // ---- tree -------------------------------------------------------------------------------------------------------
 
@@ -34,10 +42,11 @@ uint32_t TreeBestFit::place(const Block& block, int64_t i) {
   return number;
 }
 
-void TreeBestFit::close_rank(uint32_t rank) {
+void TreeBestFit::close_finished(uint32_t rank, uint8_t finished) {
   for (auto at = open_.begin(); at != open_.end();) {
-    if (at->rank == rank) close(*at);
-    at = at->rank == rank ? open_.erase(at) : std::next(at);
+    const bool closes = is_finished(at->rank, rank, finished);
+    if (closes) close(*at);
+    at = closes ? open_.erase(at) : std::next(at);
   }
 }
 
@@ -45,8 +54,7 @@ void TreeBestFit::pack(const Samples& samples, const Block& block, uint32_t* bat
   for (int64_t i = 0; i < block.n; ++i) {
     samples.prefetch(block.first + i);
     batch[i] = oversize(q_, block.size[i], block.size2[i]) ? place_oversize(q_, block, i, plan_) : place(block, i);
-    if (block.finished[i] & kThis) close_rank(block.rank[i]);
-    if (block.finished[i] & kPrevious) close_rank(block.rank[i] - 1);
+    if (block.finished[i]) close_finished(block.rank[i], block.finished[i]);
   }
 }
 
@@ -82,71 +90,79 @@ MOEYARD_INLINE void spread_least(V& v, std::index_sequence<i...> lanes) {
 
 }  // namespace
 
-// kUsed: places that are looked at. kRules: there are sizes2 or segments. Packs from sample `from` of the block on and
-// returns how far it came: to the end, or to a sample that needs more places.
+// The first kUsed places in registers. kRules: there are sizes2 or segments.
 template <int kUsed, bool kRules>
 struct VectorBestFit::Kernel {
   template <Simd level>
+  struct Rooms {
+    using V = typename Register<level>::type;
+    static constexpr int kLanes = Register<level>::kLanes, kVectors = kUsed / kLanes;
+    V key[kVectors], room2[kVectors], rank[kVectors], rest[kVectors], least;
+
+    MOEYARD_INLINE void load(const VectorBestFit& open) {
+      for (int v = 0; v < kVectors; ++v) {
+        std::memcpy(&key[v], open.key_ + v * kLanes, sizeof(V));
+        if (kRules) std::memcpy(&room2[v], open.room2_ + v * kLanes, sizeof(V));
+        if (kRules) std::memcpy(&rank[v], open.rank_ + v * kLanes, sizeof(V));
+      }
+    }
+    MOEYARD_INLINE void store(VectorBestFit& open) const {
+      for (int v = 0; v < kVectors; ++v) {
+        std::memcpy(open.key_ + v * kLanes, &key[v], sizeof(V));
+        if (kRules) std::memcpy(open.room2_ + v * kLanes, &room2[v], sizeof(V));
+      }
+    }
+    // What the key of the best fit will be; kFits or more where there is none.
+    MOEYARD_INLINE uint32_t find(uint32_t size, uint32_t size2, uint32_t sample_rank) {
+      least = V{} + kFree;
+      for (int v = 0; v < kVectors; ++v) {
+        rest[v] = key[v] - size * kPlaces;
+        // The sign of what goes wrong: size2 above room2, ranks apart by more than 1. Arithmetic, because gcc joins two
+        // vector conditions in a way that takes the vectors apart.
+        if (kRules) rest[v] |= ((room2[v] - size2) | (0u - ((sample_rank - rank[v]) >> 1))) & kFits;
+        least = rest[v] < least ? rest[v] : least;
+      }
+      spread_least<kLanes / 2>(least, std::make_index_sequence<kLanes>());
+      return least[0];
+    }
+    // Puts the sample where `find` found room: no two places have equal keys.
+    MOEYARD_INLINE void put(uint32_t size2) {
+      for (int v = 0; v < kVectors; ++v) {
+        if (kRules) room2[v] = rest[v] == least ? room2[v] - size2 : room2[v];
+        key[v] = rest[v] == least ? rest[v] : key[v];
+      }
+    }
+  };
+
+  // Packs from sample `from` of the block on and returns how far it came: to the end, or to a sample that needs more
+  // than kUsed places. What happens once per batch is done in memory.
+  template <Simd level>
   static MOEYARD_INLINE int64_t run(VectorBestFit* open, const Samples* samples, const Block* block, int64_t from,
                                     uint32_t* batch) {
-    using V = typename Register<level>::type;
-    constexpr int kLanes = Register<level>::kLanes, kVectors = kUsed / kLanes;
     const PackRequest& q = open->q_;
-    V key[kVectors], room2[kVectors], rank[kVectors];
-    const auto load = [&]() MOEYARD_INLINE_LAMBDA {
-      for (int v = 0; v < kVectors; ++v) {
-        std::memcpy(&key[v], open->key_ + v * kLanes, sizeof(V));
-        if (kRules) std::memcpy(&room2[v], open->room2_ + v * kLanes, sizeof(V));
-        if (kRules) std::memcpy(&rank[v], open->rank_ + v * kLanes, sizeof(V));
-      }
-    };
-    const auto store = [&]() MOEYARD_INLINE_LAMBDA {
-      for (int v = 0; v < kVectors; ++v) {
-        std::memcpy(open->key_ + v * kLanes, &key[v], sizeof(V));
-        if (kRules) std::memcpy(open->room2_ + v * kLanes, &room2[v], sizeof(V));
-      }
-    };
-    load();
+    Rooms<level> rooms;
+    rooms.load(*open);
     int64_t i = from;
     for (; i < block->n; ++i) {
       samples->prefetch(block->first + i);
+      const uint32_t size = uint32_t(block->size[i]), size2 = uint32_t(block->size2[i]), rank = block->rank[i];
       if (oversize(q, block->size[i], block->size2[i])) {
         batch[i] = place_oversize(q, *block, i, open->plan_);
+      } else if (const uint32_t key = rooms.find(size, size2, rank); key < kFits) {
+        rooms.put(size2);
+        const int place = int(key % kPlaces);
+        batch[i] = open->number_[place];
+        if (++open->count_[place] == q.max_samples || key < kPlaces)
+          rooms.store(*open), open->close(place), rooms.load(*open);
+      } else if (open->open_ == kUsed && kUsed < q.lookahead) {
+        break;
       } else {
-        const uint32_t size = uint32_t(block->size[i]), size2 = uint32_t(block->size2[i]), rank_here = block->rank[i];
-        V rest[kVectors], least = V{} + kFree;
-        for (int v = 0; v < kVectors; ++v) {
-          rest[v] = key[v] - size * kPlaces;
-          // The sign of the sum that goes wrong: size2 above room2, ranks apart by more than 1. Arithmetic, because gcc
-          // joins two vector conditions in a way that takes the vectors apart.
-          if (kRules) rest[v] |= ((room2[v] - size2) | (0u - ((rank_here - rank[v]) >> 1))) & kFits;
-          least = rest[v] < least ? rest[v] : least;
-        }
-        spread_least<kLanes / 2>(least, std::make_index_sequence<kLanes>());
-        const uint32_t best = least[0];
-        if (best < kFits) {
-          for (int v = 0; v < kVectors; ++v) {
-            if (kRules) room2[v] = rest[v] == least ? room2[v] - size2 : room2[v];
-            key[v] = rest[v] == least ? rest[v] : key[v];
-          }
-          const int place = int(best % kPlaces);
-          batch[i] = open->number_[place];
-          if (++open->count_[place] == q.max_samples || best < kPlaces) store(), open->close(place), load();
-        } else {
-          if (open->open_ == kUsed && kUsed < q.lookahead) break;
-          store();
-          batch[i] = open->open(size, size2, rank_here);
-          load();
-        }
+        rooms.store(*open), batch[i] = open->open(size, size2, rank), rooms.load(*open);
       }
-      if (kRules && block->finished[i]) {
-        store();
-        if (block->finished[i] & kThis) open->close_rank(block->rank[i]);
-        if (block->finished[i] & kPrevious) open->close_rank(block->rank[i] - 1);
-        load();
-      }
+      if (kRules && block->finished[i])
+        rooms.store(*open), open->close_finished(rank, block->finished[i]), rooms.load(*open);
     }
-    store();
+    rooms.store(*open);
     return i;
   }
 };
@@ -188,9 +204,9 @@ void VectorBestFit::close(int place) {
   key_[open_] = kFree;
 }
 
-void VectorBestFit::close_rank(uint32_t rank) {
+void VectorBestFit::close_finished(uint32_t rank, uint8_t finished) {
   for (int place = open_ - 1; place >= 0; --place)
-    if (rank_[place] == rank) close(place);
+    if (is_finished(rank_[place], rank, finished)) close(place);
 }
 
 void VectorBestFit::pack([[maybe_unused]] const Samples& samples, [[maybe_unused]] const Block& block,

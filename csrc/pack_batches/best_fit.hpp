@@ -34,7 +34,7 @@ class TreeBestFit {
 
   uint32_t place(const Block& block, int64_t i);
   void close(const Open& batch) { plan_.fill[size_t(batch.number)] = q_.budget - batch.room; }
-  void close_rank(uint32_t rank);
+  void close_finished(uint32_t rank, uint8_t finished);
 
   const PackRequest& q_;
   PackPlan plan_;
@@ -59,7 +59,7 @@ class VectorBestFit {
 
   uint32_t open(uint32_t size, uint32_t size2, uint32_t rank);
   void close(int place);
-  void close_rank(uint32_t rank);
+  void close_finished(uint32_t rank, uint8_t finished);
 
   // Open batches lie in the order of opening in the first places. key = room * 64 + place: its least is the fullest
   // batch, the earliest opened of equally full ones. A free place has the largest key.

@@ -83,9 +83,14 @@ struct SumKernel {
   template <Simd>
   static MOEYARD_INLINE void run(const T* grad, const int64_t* out_ptr, int64_t row_items, const int64_t* from,
                                  const int64_t* to, int64_t n, T* out) {
+    const T* g = grad + out_ptr[*from] * row_items;
+    if (to - from == 1) {  // mostly; as below, where 0 + -0 is 0, without the detour
+      for (int64_t i = 0; i < n; ++i) out[i] = from_float<T>(acc_t<T>(0) + to_float(g[i]));
+      return;
+    }
     acc_t<T> sum[kStrip] = {};
     for (const int64_t* m = from; m != to; ++m) {
-      const T* g = grad + out_ptr[*m] * row_items;
+      g = grad + out_ptr[*m] * row_items;
       for (int64_t i = 0; i < n; ++i) sum[i] += to_float(g[i]);
     }
     for (int64_t i = 0; i < n; ++i) out[i] = from_float<T>(sum[i]);
