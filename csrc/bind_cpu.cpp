@@ -101,21 +101,26 @@ PYBIND11_MODULE(_cpu, m) {
            }),
            "sizes"_a, "samples"_a, "order"_a, "length"_a, "segments"_a, "sizes2"_a, "budget"_a, "budget2"_a,
            "max_samples"_a, "lookahead"_a, "oversize"_a);
+  py::class_<moeyard::PackPlan>(m, "PackPlan", py::module_local())
+      .def_property_readonly("batches", [](const moeyard::PackPlan& plan) { return plan.fill.size(); });
+  m.def(
+      "count_skipped", [](const moeyard::PackRequest& request) { return moeyard::cpu::count_skipped(request); },
+      "request"_a, NoGil());
   m.def(
       "pack_batches",
-      [](const moeyard::PackRequest& request, Address seen, Address batch_of_position) {
-        const auto n = moeyard::cpu::pack_batches(request, at<uint8_t>(seen), at<uint32_t>(batch_of_position));
-        return std::array<int64_t, 3>{n.batches, n.packed, n.skipped};
+      [](const moeyard::PackRequest& request, Address seen, Address batch_of_position, Address index, Address skipped) {
+        return moeyard::cpu::pack_batches(request, at<uint8_t>(seen), at<uint32_t>(batch_of_position),
+                                          at<int64_t>(index), at<int64_t>(skipped));
       },
-      "request"_a, "seen"_a, "batch_of_position"_a, NoGil());
+      "request"_a, "seen"_a, "batch_of_position"_a, "index"_a, "skipped"_a, NoGil());
   m.def(
       "pack_batches_fill",
-      [](const moeyard::PackRequest& request, Address batch_of_position, int64_t batches, Address index, Address ptr,
-         Address fill, Address skipped) {
-        moeyard::cpu::pack_batches_fill(request, at<uint32_t>(batch_of_position), batches, at<int64_t>(index),
+      [](const moeyard::PackRequest& request, const moeyard::PackPlan& plan, Address batch_of_position, Address index,
+         Address ptr, Address fill, Address skipped) {
+        moeyard::cpu::pack_batches_fill(request, plan, at<uint32_t>(batch_of_position), at<int64_t>(index),
                                         at<int64_t>(ptr), at<int64_t>(fill), at<int64_t>(skipped));
       },
-      "request"_a, "batch_of_position"_a, "batches"_a, "index"_a, "ptr"_a, "fill"_a, "skipped"_a, NoGil());
+      "request"_a, "plan"_a, "batch_of_position"_a, "index"_a, "ptr"_a, "fill"_a, "skipped"_a, NoGil());
 
   py::class_<moeyard::SegmentsRequest>(m, "SegmentsRequest")
       .def(py::init([](Ints ptr, int64_t num_segments, int64_t num_values, Ints index, int64_t count) {

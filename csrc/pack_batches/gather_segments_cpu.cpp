@@ -1,9 +1,12 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "common/check.hpp"
+#include "common/huge_pages.hpp"
 #include "common/parallel.hpp"
+#include "common/simd.hpp"
 #include "pack_batches/pack_batches.hpp"
 
 namespace moeyard::cpu {
@@ -15,19 +18,27 @@ constexpr int64_t kPieceBytes = 1 << 18;
 
 int64_t first_value(const SegmentsRequest& q, int64_t m) { return q.ptr[q.index[m]]; }
 
-// Addition modulo 2^bits is the same for signed and unsigned.
+// Copies and adds in one pass: large segments would leave the cache between two. Addition modulo 2^bits is the same for
+// signed and unsigned.
 template <class U>
-void add_items(void* items, int64_t n, int64_t number) {
-  U* v = static_cast<U*>(items);
-  for (int64_t i = 0; i < n; ++i) v[i] = U(v[i] + U(number));
-}
+struct AddKernel {
+  template <Simd>
+  static MOEYARD_INLINE void run(const char* in, char* out, int64_t n, int64_t number) {
+    for (int64_t i = 0; i < n; ++i) {
+      U item;  // through memcpy, because a mapped file may start anywhere
+      std::memcpy(&item, in + i * int64_t(sizeof(U)), sizeof(U));
+      item = U(item + U(number));
+      std::memcpy(out + i * int64_t(sizeof(U)), &item, sizeof(U));
+    }
+  }
+};
 
-void add_to(void* items, int64_t n, int64_t item_bytes, int64_t number) {
+void copy_add(const char* in, char* out, int64_t n, int64_t item_bytes, int64_t number) {
   switch (item_bytes) {
-    case 1: return add_items<uint8_t>(items, n, number);
-    case 2: return add_items<uint16_t>(items, n, number);
-    case 4: return add_items<uint32_t>(items, n, number);
-    default: return add_items<uint64_t>(items, n, number);
+    case 1: return run_on_level<AddKernel<uint8_t>>(in, out, n, number);
+    case 2: return run_on_level<AddKernel<uint16_t>>(in, out, n, number);
+    case 4: return run_on_level<AddKernel<uint32_t>>(in, out, n, number);
+    default: return run_on_level<AddKernel<uint64_t>>(in, out, n, number);
   }
 }
 
@@ -50,9 +61,11 @@ struct Copy {
       const int64_t n = std::min(out_ptr[m + 1], stop) - r;
       std::fill(batch + r, batch + r + n, m);
       if (row_bytes > 0 && n > 0) {
-        const int64_t source = first_value(q, m) + (r - out_ptr[m]);
-        std::memcpy(out + r * row_bytes, values + source * row_bytes, size_t(n * row_bytes));
-        if (add) add_to(out + r * row_bytes, n * row_items, item_bytes, add[m]);
+        const char* source = values + (first_value(q, m) + (r - out_ptr[m])) * row_bytes;
+        if (add)
+          copy_add(source, out + r * row_bytes, n * row_items, item_bytes, add[m]);
+        else
+          std::memcpy(out + r * row_bytes, source, size_t(n * row_bytes));
       }
       r += n;
     }
@@ -63,40 +76,87 @@ struct Copy {
   }
 };
 
-// All output segments m in [from, to) are copies of one segment; the sum of each item runs over them in order of m.
+// The sum of n <= kStrip items of the output segments m in [from, to), which are copies of one, in order of m.
+constexpr int64_t kStrip = 512;
+template <class T>
+struct SumKernel {
+  template <Simd>
+  static MOEYARD_INLINE void run(const T* grad, const int64_t* out_ptr, int64_t row_items, const int64_t* from,
+                                 const int64_t* to, int64_t n, T* out) {
+    const T* g = grad + out_ptr[*from] * row_items;
+    if (to - from == 1) {  // mostly; as below, where 0 + -0 is 0, without the detour
+      for (int64_t i = 0; i < n; ++i) out[i] = from_float<T>(acc_t<T>(0) + to_float(g[i]));
+      return;
+    }
+    acc_t<T> sum[kStrip] = {};
+    for (const int64_t* m = from; m != to; ++m) {
+      g = grad + out_ptr[*m] * row_items;
+      for (int64_t i = 0; i < n; ++i) sum[i] += to_float(g[i]);
+    }
+    for (int64_t i = 0; i < n; ++i) out[i] = from_float<T>(sum[i]);
+  }
+};
+
 template <class T>
 struct Scatter {
   const SegmentsRequest& q;
-  const int64_t* out_ptr;
+  const int64_t *out_ptr, *order;
+  int64_t count;  // of order
   const T* grad;
   int64_t row_items;
   T* grad_values;
 
-  void group(const int64_t* from, const int64_t* to) const {
-    constexpr int64_t kItems = 512;
-    const int64_t base = first_value(q, *from) * row_items, n = (out_ptr[*from + 1] - out_ptr[*from]) * row_items;
-    for (int64_t c = 0; c < n; c += kItems) {
-      const int64_t here = std::min(kItems, n - c);
-      acc_t<T> sum[kItems] = {};
-      for (const int64_t* m = from; m != to; ++m) {
-        const T* g = grad + out_ptr[*m] * row_items + c;
-        for (int64_t i = 0; i < here; ++i) sum[i] += to_float(g[i]);
+  bool starts(int64_t i) const { return i == 0 || q.index[order[i]] != q.index[order[i - 1]]; }
+
+  // Groups of equal segments that start in [begin, end), to their ends, each with the unchosen values before it.
+  void groups(int64_t begin, int64_t end) const {
+    for (int64_t i = begin; i < end; ++i) {
+      if (!starts(i)) continue;
+      int64_t next = i + 1;
+      while (next < count && !starts(next)) ++next;
+      const int64_t s = q.index[order[i]], first = q.ptr[s], stop = q.ptr[s + 1];
+      zero(i == 0 ? 0 : q.ptr[q.index[order[i - 1]] + 1], first);
+      for (int64_t c = 0; c < (stop - first) * row_items; c += kStrip) {
+        const int64_t n = std::min(kStrip, (stop - first) * row_items - c);
+        run_on_level<SumKernel<T>>(grad + c, out_ptr, row_items, order + i, order + next, n,
+                                   grad_values + first * row_items + c);
       }
-      for (int64_t i = 0; i < here; ++i) grad_values[base + c + i] = from_float<T>(sum[i]);
+      if (next == count) zero(stop, q.num_values);
     }
+  }
+
+  void zero(int64_t from, int64_t to) const {
+    if (to > from && row_items > 0)
+      std::memset(grad_values + from * row_items, 0, size_t((to - from) * row_items) * sizeof(T));
   }
 };
 
+// Stable, by the digits of first values: linear in n.
+void sort_by_first_value(const SegmentsRequest& q, int64_t n, int64_t* order, int64_t* other) {
+  constexpr int kDigit = 11;
+  int64_t* const result = order;
+  for (int shift = 0; shift < 63 && (q.num_values >> shift) > 0; shift += kDigit) {
+    const auto digit = [&](int64_t m) { return (first_value(q, m) >> shift) & ((1 << kDigit) - 1); };
+    int64_t start[(1 << kDigit) + 1] = {};
+    for (int64_t i = 0; i < n; ++i) ++start[digit(order[i]) + 1];
+    for (int d = 0; d < 1 << kDigit; ++d) start[d + 1] += start[d];
+    for (int64_t i = 0; i < n; ++i) other[start[digit(order[i])]++] = order[i];
+    std::swap(order, other);
+  }
+  if (order != result) std::copy(order, order + n, result);
+}
+
 // Chosen segments by first value, then m, so that equal ones are neighbours. Empty ones are left out; returns how many
 // are left. Throws when two different segments overlap: their values would have two owners.
-int64_t sort_segments(const SegmentsRequest& q, const int64_t* out_ptr, int64_t* order) {
+int64_t sort_segments(const SegmentsRequest& q, const int64_t* out_ptr, int64_t* order, int64_t* other) {
   int64_t n = 0;
-  for (int64_t m = 0; m < q.count; ++m)
-    if (out_ptr[m + 1] > out_ptr[m]) order[n++] = m;
-  std::sort(order, order + n, [&](int64_t a, int64_t b) {
-    const int64_t va = first_value(q, a), vb = first_value(q, b);
-    return va != vb ? va < vb : a < b;
-  });
+  bool sorted = true;
+  for (int64_t m = 0; m < q.count; ++m) {
+    if (out_ptr[m + 1] == out_ptr[m]) continue;
+    sorted = sorted && (n == 0 || first_value(q, order[n - 1]) <= first_value(q, m));
+    order[n++] = m;
+  }
+  if (!sorted) sort_by_first_value(q, n, order, other);
   for (int64_t i = 1; i < n; ++i) {
     const int64_t a = q.index[order[i - 1]], b = q.index[order[i]];
     if (a != b && q.ptr[a + 1] > q.ptr[b])
@@ -132,26 +192,24 @@ void gather_segments(const SegmentsRequest& q, const int64_t* out_ptr, const voi
                      int64_t item_bytes, IntView add, int64_t total, void* out, int64_t* batch, int threads) {
   const Copy copy{q,          out_ptr, static_cast<const char*>(values), row_items,
                   item_bytes, add,     static_cast<char*>(out),          batch};
+  advise_huge_pages(out, total * row_items * item_bytes);
+  advise_huge_pages(batch, total * int64_t(sizeof(int64_t)));
   const int64_t grain = std::max<int64_t>(1, kPieceBytes / (row_items * item_bytes + 8));
   parallel_for(total, grain, threads, [&](int64_t begin, int64_t end) { copy.rows(begin, end); });
 }
 
 void gather_segments_backward(const SegmentsRequest& q, const int64_t* out_ptr, const void* grad, int64_t row_items,
                               DType dtype, int64_t* workspace, void* grad_values, int threads) {
-  const int64_t n = sort_segments(q, out_ptr, workspace);
+  const int64_t n = sort_segments(q, out_ptr, workspace, workspace + q.count);
   with_float_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const Scatter<T> scatter{q, out_ptr, static_cast<const T*>(grad), row_items, static_cast<T*>(grad_values)};
-    // A piece takes the groups that start in it, to their ends.
-    const auto starts = [&](int64_t i) { return i == 0 || q.index[workspace[i]] != q.index[workspace[i - 1]]; };
-    parallel_for(n, 64, threads, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        if (!starts(i)) continue;
-        int64_t next = i + 1;
-        while (next < n && !starts(next)) ++next;
-        scatter.group(workspace + i, workspace + next);
-      }
-    });
+    const Scatter<T> scatter{
+        q, out_ptr, workspace, n, static_cast<const T*>(grad), row_items, static_cast<T*>(grad_values)};
+    advise_huge_pages(grad_values, q.num_values * row_items * int64_t(sizeof(T)));
+    if (n == 0) scatter.zero(0, q.num_values);
+    const int64_t bytes = out_ptr[q.count] * row_items * int64_t(sizeof(T));
+    parallel_for(n, kPieceBytes / (bytes / std::max<int64_t>(n, 1) + 8), threads,
+                 [&](int64_t begin, int64_t end) { scatter.groups(begin, end); });
   });
 }
 

@@ -1,9 +1,10 @@
 // pack_batches: cuts an epoch into batches whose total sizes stay within budgets. gather_segments: collates them.
 //
-// Packing runs in two phases, because the number of batches is unknown beforehand and outputs are allocated by torch:
-// `pack_batches` notes the batch of every position of the order, `pack_batches_fill` turns the notes into lists.
+// Packing runs in phases, because outputs are allocated by torch: `count_skipped` says how long `index` and `skipped`
+// are, `pack_batches` how many batches there are, `pack_batches_fill` writes what depends on that.
 #pragma once
 #include <cstdint>
+#include <deque>
 
 #include "common/dtype.hpp"
 #include "common/int_view.hpp"
@@ -27,8 +28,10 @@ struct PackRequest {
   Oversize oversize;
 };
 
-struct PackCounts {
-  int64_t batches, packed, skipped;
+/// All batches, in the order in which they were opened. Deques: a growing vector needs three times its size at times.
+struct PackPlan {
+  std::deque<int64_t> fill;
+  std::deque<uint32_t> counts;  ///< next-fit only
 };
 
 /// Marks a skipped sample among the batches of positions.
@@ -44,13 +47,19 @@ struct SegmentsRequest {
 
 namespace cpu {
 
-/// Plans: batch_of_position[p] is the batch of the p-th sample of the order, or kSkipped. `seen` holds a zeroed bit per
-/// sample. Throws for a negative size, an id that is out of range or repeated, and an oversize sample (error).
-PackCounts pack_batches(const PackRequest& request, uint8_t* seen, uint32_t* batch_of_position);
+/// How many samples oversize="skip" leaves out. Throws for a negative size.
+int64_t count_skipped(const PackRequest& request);
 
-/// index[packed], ptr[batches + 1], fill[batches], skipped[skipped]: batches in the order in which they were opened.
-void pack_batches_fill(const PackRequest& request, const uint32_t* batch_of_position, int64_t batches, int64_t* index,
-                       int64_t* ptr, int64_t* fill, int64_t* skipped);
+/// Plans. `seen` holds a zeroed bit per sample. Next-fit writes index[length - skipped] and `skipped`; best fit writes
+/// batch_of_position[length], where p's is the batch of the p-th sample of the order, or kSkipped. Throws for an id
+/// that is out of range or repeated, and for an oversize sample (error).
+PackPlan pack_batches(const PackRequest& request, uint8_t* seen, uint32_t* batch_of_position, int64_t* index,
+                      int64_t* skipped);
+
+/// Writes ptr[batches + 1] and fill[batches]; for best fit also index and skipped. Batches come in the order in which
+/// they were opened.
+void pack_batches_fill(const PackRequest& request, const PackPlan& plan, const uint32_t* batch_of_position,
+                       int64_t* index, int64_t* ptr, int64_t* fill, int64_t* skipped);
 
 /// out[m] = total length of the first m chosen segments, m = 0 ... count; returns the last. Throws for an id or a
 /// segment out of range.
@@ -61,8 +70,8 @@ int64_t segments_ptr(const SegmentsRequest& request, int64_t* out);
 void gather_segments(const SegmentsRequest& request, const int64_t* out_ptr, const void* values, int64_t row_items,
                      int64_t item_bytes, IntView add, int64_t total, void* out, int64_t* batch, int threads);
 
-/// The gradient: grad_values[v] = sum of grad over the output rows that came from v, in the order of m. grad_values is
-/// zeroed by the caller; `workspace` holds count elements.
+/// The gradient: grad_values[v] = sum of grad over the output rows that came from v, in the order of m; `workspace`
+/// holds 2 * count elements. Throws when chosen segments overlap.
 void gather_segments_backward(const SegmentsRequest& request, const int64_t* out_ptr, const void* grad,
                               int64_t row_items, DType dtype, int64_t* workspace, void* grad_values, int threads);
 

@@ -132,7 +132,7 @@ def _check_size(name: str, rows: int, like: Tensor) -> None:
 
 
 def _row_items(x: Tensor) -> int:
-    return x[:1].numel() if x.shape[0] else 0
+    return math.prod(x.shape[1:]) if x.shape[0] else 0
 
 
 def _cpu(
@@ -189,8 +189,8 @@ def _backward_cpu(grad: Tensor, ptr: Tensor, index: Tensor, num_values: int) -> 
     if rows > grad.shape[0]:
         raise ValueError(f"grad: expected at least {rows} rows (those of the chosen segments), got {grad.shape[0]}")
     _check_size("num_values", num_values, grad)
-    out = grad.new_zeros(num_values, *grad.shape[1:])
-    workspace = torch.empty(index.shape[0], dtype=torch.int64)
+    out = grad.new_empty(num_values, *grad.shape[1:])
+    workspace = torch.empty(2 * index.shape[0], dtype=torch.int64)
     _native.cpu.gather_segments_backward(
         request,
         out_ptr.data_ptr(),

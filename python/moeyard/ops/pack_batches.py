@@ -9,6 +9,7 @@ Shape letters: N samples, L length of the order, B batches, P packed and Q skipp
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
@@ -62,8 +63,9 @@ def pack_batches(
         sizes2, budget2: a second size per sample (edges) and its budget; both or neither.
         lookahead: 0 is next-fit: a sample that does not fit closes the batch, and `index` keeps the order. L > 0 is
             bounded best fit: with at most L open batches a sample goes to the one that it leaves the least room in
-            (ties: the earliest opened); when it fits in none and L are open, the fullest is closed. A batch without
-            room, or with `max_samples`, closes at once. Best means by `sizes`; the rest only says what fits.
+            (ties: the earliest opened); when it fits in none and L are open, the fullest is closed. A batch that can
+            take no more closes at once: one without room, with `max_samples`, or when `order` holds no more samples of
+            its two segments. Best means by `sizes`; the rest only says what fits.
         oversize: a sample larger than the budget is an "error", gets its "own_batch" at its place, or is left out
             ("skip") and listed in `skipped`.
 
@@ -74,9 +76,10 @@ def pack_batches(
         TypeError, ValueError: a wrong type, shape, device or option; a negative size, an id out of range or repeated,
             an oversize sample (naming id, size and budget).
 
-    Determinism: integers, equal on every call and device. Autocast and gradients do not apply. Time: O(L) for next-fit,
-    O(L log lookahead) for best fit unless many open batches have room but fail in sizes2 or segments. Memory beside the
-    outputs: 4 bytes per sample and a few words per segment and open batch.
+    Determinism: integers, equal on every call and device. Autocast and gradients do not apply. Time: O(L) for next-fit
+    and for best fit with lookahead <= 64 and budget < 2^25; O(L log lookahead) beyond, unless many open batches have
+    room but fail in sizes2 or segments. Memory beside the outputs: a bit per sample with `order`, 12 bytes per batch
+    (best fit: 8, and 4 per sample), and a few words per segment and open batch.
     Source: Csirik & Johnson, "Bounded space on-line bin packing: best is better than first", Algorithmica 31 (2001).
     """
     return Packing(*_op(sizes, budget, order, segments, max_samples, sizes2, budget2, lookahead, oversize))
@@ -98,21 +101,28 @@ def pack_batches_reference(
     size = sizes.tolist()
     size2 = [0] * len(size) if sizes2 is None else sizes2.tolist()
     segment = [0] * len(size) if segments is None else segments.tolist()
+    ids = list(range(len(size))) if order is None else order.tolist()
     batches: list[list[int]] = []
     opened: list[int] = []  # open batches, by number
     skipped: list[int] = []
     ranks: dict[int, int] = {}
+    for i in ids:
+        ranks.setdefault(segment[i], len(ranks))
+    left = Counter(ranks[segment[i]] for i in ids)
+
+    def rank(b: int) -> int:
+        return ranks[segment[batches[b][0]]]
 
     def room(b: int) -> int:
         return budget - int(sum(size[i] for i in batches[b]))
 
     def takes(b: int, i: int) -> bool:
         within = size[i] <= room(b) and sum(size2[j] for j in (*batches[b], i)) <= (budget2 or 0)
-        rank = ranks[segment[i]] - ranks[segment[batches[b][0]]]
-        return within and len(batches[b]) < (max_samples or _NO_LIMIT) and rank in (0, 1)
+        return within and len(batches[b]) < (max_samples or _NO_LIMIT) and ranks[segment[i]] - rank(b) in (0, 1)
 
-    for i in range(len(size)) if order is None else order.tolist():
-        ranks.setdefault(segment[i], len(ranks))
+    for i in ids:
+        opened = [b for b in opened if left[rank(b)] + left[rank(b) + 1] > 0]
+        left[ranks[segment[i]]] -= 1
         if size[i] > budget or size2[i] > (budget2 or 0):
             if oversize == "error":
                 raise ValueError(f"sample {i} is too large")
@@ -218,12 +228,14 @@ def _cpu(
         lookahead,
         _OVERSIZE.index(oversize),
     )
+    skips = _native.cpu.count_skipped(request)
+    index, skipped = (torch.empty(n, dtype=torch.int64) for n in (length - skips, skips))
     seen = torch.zeros(0 if order is None else (samples + 7) // 8, dtype=torch.uint8)
-    batch_of_position = torch.empty(length, dtype=torch.int32)
-    batches, packed, skips = _native.cpu.pack_batches(request, seen.data_ptr(), batch_of_position.data_ptr())
-    index, ptr, fill, skipped = (torch.empty(n, dtype=torch.int64) for n in (packed, batches + 1, batches, skips))
-    addresses = (t.data_ptr() for t in (index, ptr, fill, skipped))
-    _native.cpu.pack_batches_fill(request, batch_of_position.data_ptr(), batches, *addresses)
+    batch_of_position = torch.empty(length if lookahead else 0, dtype=torch.int32)
+    notes, lists, left = batch_of_position.data_ptr(), index.data_ptr(), skipped.data_ptr()
+    plan = _native.cpu.pack_batches(request, seen.data_ptr(), notes, lists, left)
+    ptr, fill = (torch.empty(n, dtype=torch.int64) for n in (plan.batches + 1, plan.batches))
+    _native.cpu.pack_batches_fill(request, plan, notes, lists, ptr.data_ptr(), fill.data_ptr(), left)
     return index, ptr, fill, skipped
 
 
