@@ -26,6 +26,15 @@ struct Arrays {
   int64_t features;
 };
 
+// A token's rows lie anywhere, so the processor does not see them coming: asks for those that are due in kAhead slots.
+template <class T>
+MOEYARD_INLINE void fetch_ahead(const Arrays<T>& a, const Plan& plan, int64_t slot, int64_t c, int64_t n) {
+  constexpr int64_t kAhead = 4;
+  if (slot + kAhead >= plan.tokens * plan.k) return;
+  const int64_t row = plan.row_of_slot[slot + kAhead];
+  if (row >= 0) prefetch_row(a.rows + row * a.features + c, n);
+}
+
 template <bool kWeighted, class T>
 MOEYARD_INLINE void add_terms(const Term<T>* terms, int count, bool first, int64_t n, sum_t<T>* sum) {
   switch (count) {
@@ -38,13 +47,15 @@ MOEYARD_INLINE void add_terms(const Term<T>* terms, int count, bool first, int64
 
 // The sums of one token over `n` columns from column c.
 template <bool kWeighted, class T>
-MOEYARD_INLINE void sum_token(const Arrays<T>& a, const Plan& plan, int64_t token, int64_t c, int64_t n, sum_t<T>* sum) {
+MOEYARD_INLINE void sum_token(const Arrays<T>& a, const Plan& plan, int64_t token, int64_t c, int64_t n,
+                              sum_t<T>* sum) {
   constexpr int kTerms = 4;
   Term<T> terms[kTerms];
   int count = 0;
   bool first = true;
   for (int64_t slot = token * plan.k; slot < (token + 1) * plan.k; ++slot) {
     const int64_t row = plan.row_of_slot[slot];
+    if (!a.dots) fetch_ahead(a, plan, slot, c, n);
     if (row < 0) continue;
     terms[count++] = {a.rows + row * a.features + c, kWeighted ? a.weights[slot] : sum_t<T>{}};
     if (count < kTerms) continue;
@@ -62,6 +73,7 @@ MOEYARD_INLINE void dot_token(const Arrays<T>& a, const Plan& plan, int64_t toke
   const T* x = a.tokens + token * a.features + c;
   for (int64_t slot = token * plan.k; slot < (token + 1) * plan.k; ++slot) {
     const int64_t row = plan.row_of_slot[slot];
+    fetch_ahead(a, plan, slot, c, n);
     if (row >= 0) a.dots[slot] += dot(x, a.rows + row * a.features + c, n);
   }
 }
@@ -72,7 +84,7 @@ struct CombineTokens {
   template <Simd, class T>
   static MOEYARD_INLINE void run(const Arrays<T>& a, const Plan& plan, int64_t begin, int64_t end) {
     if (a.dots) std::fill(a.dots + begin * plan.k, a.dots + end * plan.k, sum_t<T>{});
-    sum_t<T> sum[kColumns];
+    alignas(64) sum_t<T> sum[kColumns];
     for (int64_t t = begin; t < end; ++t) {
       for (int64_t c = 0; c < a.features; c += kColumns) {
         const int64_t n = std::min(kColumns, a.features - c);
@@ -94,12 +106,13 @@ struct SpreadTokens {
   template <Simd, class T>
   static MOEYARD_INLINE void run(const Arrays<T>& a, const Plan& plan, int64_t begin, int64_t end, bool stream) {
     if (a.dots) std::fill(a.dots + begin * plan.k, a.dots + end * plan.k, sum_t<T>{});
-    T scaled[kColumns];
+    alignas(64) T scaled[kColumns];
     for (int64_t t = begin; t < end; ++t) {
       for (int64_t c = 0; c < a.features; c += kColumns) {
         const int64_t n = std::min(kColumns, a.features - c);
         const T* x = a.tokens + t * a.features + c;
         for (int64_t slot = t * plan.k; slot < (t + 1) * plan.k; ++slot) {
+          if (a.dots) fetch_ahead(a, plan, slot, c, n);
           if (plan.row_of_slot[slot] < 0) continue;
           const int64_t at = plan.row_of_slot[slot] * a.features + c;
           if (a.dots) a.dots[slot] += dot(x, a.rows + at, n);
@@ -179,9 +192,8 @@ void permute_weighted(const void* x, const void* weights, const void* y, const P
     const int64_t row_bytes = features * int64_t(sizeof(T));
     const bool stream = out && streams(row_bytes, plan.rows);
     if (out) advise_huge_pages(out, plan.rows * row_bytes);
-    parallel_for(plan.tokens, grain(row_bytes, plan.k + 1), threads, [&](int64_t begin, int64_t end) {
-      run_on_level<SpreadTokens>(a, plan, begin, end, stream);
-    });
+    parallel_for(plan.tokens, grain(row_bytes, plan.k + 1), threads,
+                 [&](int64_t begin, int64_t end) { run_on_level<SpreadTokens>(a, plan, begin, end, stream); });
     if (out) zero_free_rows(plan, row_bytes, out, threads);
   });
 }
@@ -193,9 +205,8 @@ void unpermute_rows(const void* y, const void* weights, const void* x, const Pla
     const auto a = arrays<T>(x, y, weights, out, dots, features);
     const int64_t row_bytes = features * int64_t(sizeof(T));
     if (out) advise_huge_pages(out, plan.tokens * row_bytes);
-    parallel_for(plan.tokens, grain(row_bytes, plan.k + 1), threads, [&](int64_t begin, int64_t end) {
-      run_on_level<CombineTokens>(a, plan, begin, end);
-    });
+    parallel_for(plan.tokens, grain(row_bytes, plan.k + 1), threads,
+                 [&](int64_t begin, int64_t end) { run_on_level<CombineTokens>(a, plan, begin, end); });
   });
 }
 

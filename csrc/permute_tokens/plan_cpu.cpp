@@ -227,7 +227,8 @@ void place_by_weight(const PlanRequest& q, const Work& w, const PlanArrays& out,
   for_tasks(w, threads, [&](int64_t begin, int64_t end) {
     int32_t* const sorted = w.sorted;
     const Id* const ids = experts;
-    walk(w, begin, end, w.places_in_turn(), [=](uint32_t* next, int64_t s) { sorted[next[ids[s] + 1]++] = int32_t(s); });
+    walk(w, begin, end, w.places_in_turn(),
+         [=](uint32_t* next, int64_t s) { sorted[next[ids[s] + 1]++] = int32_t(s); });
   });
   for (uint32_t i = 0; i < w.routed[0]; ++i) out.row_of_slot[w.sorted[i]] = -1;
   parallel_for(q.num_experts, 1, threads, [&](int64_t e, int64_t) {
@@ -241,9 +242,8 @@ void place_by_weight(const PlanRequest& q, const Work& w, const PlanArrays& out,
 template <class Id>
 void plan(const PlanRequest& q, const Work& w, const PlanArrays& out, const Id* experts, int threads) {
   if (!count(q, w, experts, threads)) {
-    const int64_t bad = find_first(w.slots, threads, [&](int64_t s) {
-      return experts[s] < -1 || int64_t(experts[s]) >= q.num_experts;
-    });
+    const int64_t bad = find_first(w.slots, threads,
+                                   [&](int64_t s) { return experts[s] < -1 || int64_t(experts[s]) >= q.num_experts; });
     fail_value("experts: expected ids in [-1, ", q.num_experts, "), got ", experts[bad], " at row ", bad / q.k,
                ", slot ", bad % q.k);
   }
@@ -266,8 +266,14 @@ void plan_permutation(const PlanRequest& q, const PlanArrays& out, int32_t* work
   const int64_t length = strip_length(slots, q.num_experts), strips = strip_count(slots, q.num_experts);
   uint32_t* const tables = reinterpret_cast<uint32_t*>(workspace);
   uint32_t* const routed = tables + strips * width;
-  const Work work{slots,  length,         strips,             width,
-                  tables, routed,         routed + width,     routed + 2 * width,
+  const Work work{slots,
+                  length,
+                  strips,
+                  width,
+                  tables,
+                  routed,
+                  routed + width,
+                  routed + 2 * width,
                   workspace + (strips + 3) * width};
   if (q.experts.wide)
     plan(q, work, out, static_cast<const int64_t*>(q.experts.data), threads);
