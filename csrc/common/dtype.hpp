@@ -17,14 +17,21 @@ struct f16 {
   uint16_t bits;
 };
 
+// By masks, because the compiler makes branches of `condition ? a : b` where it hopes to save work, and no vector code
+// of branches. Conditions are best signed comparisons, which every instruction set has.
+inline uint32_t select(bool condition, uint32_t a, uint32_t b) {
+  const uint32_t mask = 0u - uint32_t(condition);
+  return (a & mask) | (b & ~mask);
+}
+
 inline float to_float(bf16 v) { return std::bit_cast<float>(uint32_t(v.bits) << 16); }
 
 inline float to_float(f16 v) {
   const uint32_t sign = uint32_t(v.bits & 0x8000u) << 16, rest = v.bits & 0x7fffu;
-  if (rest >= 0x7c00u) return std::bit_cast<float>(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));
   // Shift into place, then rescale the exponent by multiplying: exact, and right for subnormals too.
   const float magnitude = std::bit_cast<float>(rest << 13) * std::bit_cast<float>(uint32_t(254 - 15) << 23);
-  return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(magnitude));
+  const uint32_t special = 0x7f800000u | ((rest & 0x3ffu) << 13);
+  return std::bit_cast<float>(sign | select(int32_t(rest) >= 0x7c00, special, std::bit_cast<uint32_t>(magnitude)));
 }
 
 inline float to_float(float v) { return v; }
@@ -55,20 +62,18 @@ inline double from_float<double>(double v) {
 }
 template <>
 inline bf16 from_float<bf16>(float v) {
-  const uint32_t u = std::bit_cast<uint32_t>(v);
-  if ((u & 0x7fffffffu) > 0x7f800000u) return {uint16_t(0x7fc0)};
-  return {uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16)};
+  const uint32_t u = std::bit_cast<uint32_t>(v), rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return {uint16_t(select(int32_t(u & 0x7fffffffu) > 0x7f800000, 0x7fc0u, rounded))};
 }
 template <>
 inline f16 from_float<f16>(float v) {
-  const uint32_t u = std::bit_cast<uint32_t>(v), sign = (u >> 16) & 0x8000u, rest = u & 0x7fffffffu;
-  if (rest > 0x7f800000u) return {uint16_t(sign | 0x7e00u)};
-  if (rest >= 0x477ff000u) return {uint16_t(sign | 0x7c00u)};  // rounds to more than 65504
-  if (rest < 0x38800000u) {                                    // subnormal half: let the float adder round
-    const float shifted = std::bit_cast<float>(rest) + 0.5f;
-    return {uint16_t(sign | (std::bit_cast<uint32_t>(shifted) - 0x3f000000u))};
-  }
-  return {uint16_t(sign | ((rest - 0x38000000u + 0xfffu + ((rest >> 13) & 1u)) >> 13))};
+  const uint32_t u = std::bit_cast<uint32_t>(v), sign = (u >> 16) & 0x8000u;
+  const int32_t rest = int32_t(u & 0x7fffffffu);
+  const uint32_t normal = (uint32_t(rest) - 0x38000000u + 0xfffu + ((u >> 13) & 1u)) >> 13;
+  const float shifted = std::bit_cast<float>(rest) + 0.5f;  // subnormal half: let the float adder round
+  uint32_t half = select(rest < 0x38800000, std::bit_cast<uint32_t>(shifted) - 0x3f000000u, normal);
+  half = select(rest >= 0x477ff000, 0x7c00u, half);  // rounds to more than 65504
+  return {uint16_t(sign | select(rest > 0x7f800000, 0x7e00u, half))};
 }
 
 /// Calls f with a value of the C++ type that `dtype` names; f is a generic lambda.

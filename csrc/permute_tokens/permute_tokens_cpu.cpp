@@ -1,11 +1,11 @@
 #include <algorithm>
 #include <cstring>
-#include <type_traits>
 
-#include "common/check.hpp"
-#include "common/find_first.hpp"
+#include "common/huge_pages.hpp"
 #include "common/parallel.hpp"
+#include "common/simd.hpp"
 #include "permute_tokens/permute_tokens.hpp"
+#include "permute_tokens/rows.hpp"
 
 namespace moeyard::cpu {
 namespace {
@@ -14,43 +14,7 @@ namespace {
 
 // Columns that are worked on together: a token's sums stay in the first-level cache while its k rows stream by.
 constexpr int64_t kColumns = 1024;
-constexpr int kLanes = 16;
 constexpr int64_t kPieceBytes = 1 << 18;
-
-// Integers are summed as unsigned, which wraps around instead of being undefined.
-template <class T>
-struct Sum {
-  using type = acc_t<T>;
-  static type load(T v) { return to_float(v); }
-  static T store(type v) { return from_float<T>(v); }
-};
-template <>
-struct Sum<int32_t> {
-  using type = uint32_t;
-  static type load(int32_t v) { return uint32_t(v); }
-  static int32_t store(type v) { return int32_t(v); }
-};
-template <>
-struct Sum<int64_t> {
-  using type = uint64_t;
-  static type load(int64_t v) { return uint64_t(v); }
-  static int64_t store(type v) { return int64_t(v); }
-};
-template <class T>
-using sum_t = typename Sum<T>::type;
-
-// Sixteen running sums and a fixed tree over them: the order depends on n alone.
-template <class T>
-sum_t<T> dot(const T* a, const T* b, int64_t n) {
-  sum_t<T> lane[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int l = 0; l < kLanes; ++l) lane[l] += Sum<T>::load(a[i + l]) * Sum<T>::load(b[i + l]);
-  for (int l = 0; i < n; ++i, ++l) lane[l] += Sum<T>::load(a[i]) * Sum<T>::load(b[i]);
-  for (int half = kLanes / 2; half; half /= 2)
-    for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
-  return lane[0];
-}
 
 template <class T>
 struct Arrays {
@@ -62,58 +26,118 @@ struct Arrays {
   int64_t features;
 };
 
-// One token of unpermute. Columns are the outer loop, so that every element of a row is read once for sum and dot.
+// A token's rows lie anywhere, so the processor does not see them coming: asks for those that are due in kAhead slots.
 template <class T>
-void combine_token(const Arrays<T>& a, const Plan& plan, int64_t token) {
-  const int32_t* row_of = plan.row_of_slot + token * plan.k;
-  if (a.dots) std::fill(a.dots + token * plan.k, a.dots + (token + 1) * plan.k, sum_t<T>{});
-  for (int64_t c = 0; c < a.features; c += kColumns) {
-    const int64_t n = std::min(kColumns, a.features - c);
-    sum_t<T> sum[kColumns];
-    std::fill(sum, sum + n, sum_t<T>{});
-    for (int64_t j = 0; j < plan.k; ++j) {
-      if (row_of[j] < 0) continue;
-      const int64_t slot = token * plan.k + j;
-      const T* y = a.rows + row_of[j] * a.features + c;
-      if (a.dots) a.dots[slot] += dot(a.tokens + token * a.features + c, y, n);
-      if (!a.out) continue;
-      if (a.weights) {
-        const sum_t<T> w = a.weights[slot];
-        for (int64_t i = 0; i < n; ++i) sum[i] += w * Sum<T>::load(y[i]);
-      } else {
-        for (int64_t i = 0; i < n; ++i) sum[i] += Sum<T>::load(y[i]);
-      }
-    }
-    if (!a.out) continue;
-    T* out = a.out + token * a.features + c;
-    for (int64_t i = 0; i < n; ++i) out[i] = Sum<T>::store(sum[i]);
+MOEYARD_INLINE void fetch_ahead(const Arrays<T>& a, const Plan& plan, int64_t slot, int64_t c, int64_t n) {
+  constexpr int64_t kAhead = 4;
+  if (slot + kAhead >= plan.tokens * plan.k) return;
+  const int64_t row = plan.row_of_slot[slot + kAhead];
+  if (row >= 0) prefetch_row(a.rows + row * a.features + c, n);
+}
+
+template <bool kWeighted, class T>
+MOEYARD_INLINE void add_terms(const Term<T>* terms, int count, bool first, int64_t n, sum_t<T>* sum) {
+  switch (count) {
+    case 4: return add_terms<4, kWeighted>(terms, first, n, sum);
+    case 3: return add_terms<3, kWeighted>(terms, first, n, sum);
+    case 2: return add_terms<2, kWeighted>(terms, first, n, sum);
+    case 1: return add_terms<1, kWeighted>(terms, first, n, sum);
   }
 }
 
-// One token of permute: its k rows, and the dots of the token with the rows of the other array.
+// The sums of one token over `n` columns from column c.
+template <bool kWeighted, class T>
+MOEYARD_INLINE void sum_token(const Arrays<T>& a, const Plan& plan, int64_t token, int64_t c, int64_t n,
+                              sum_t<T>* sum) {
+  constexpr int kTerms = 4;
+  Term<T> terms[kTerms];
+  int count = 0;
+  bool first = true;
+  for (int64_t slot = token * plan.k; slot < (token + 1) * plan.k; ++slot) {
+    const int64_t row = plan.row_of_slot[slot];
+    if (!a.dots) fetch_ahead(a, plan, slot, c, n);
+    if (row < 0) continue;
+    terms[count++] = {a.rows + row * a.features + c, kWeighted ? a.weights[slot] : sum_t<T>{}};
+    if (count < kTerms) continue;
+    add_terms<kWeighted>(terms, count, first, n, sum);
+    count = 0, first = false;
+  }
+  if (count)
+    add_terms<kWeighted>(terms, count, first, n, sum);
+  else if (first)
+    std::fill(sum, sum + n, sum_t<T>{});
+}
+
 template <class T>
-void spread_token(const Arrays<T>& a, const Plan& plan, int64_t token) {
-  const int32_t* row_of = plan.row_of_slot + token * plan.k;
-  if (a.dots) std::fill(a.dots + token * plan.k, a.dots + (token + 1) * plan.k, sum_t<T>{});
-  for (int64_t c = 0; c < a.features; c += kColumns) {
-    const int64_t n = std::min(kColumns, a.features - c);
-    const T* x = a.tokens + token * a.features + c;
-    for (int64_t j = 0; j < plan.k; ++j) {
-      if (row_of[j] < 0) continue;
-      const int64_t slot = token * plan.k + j, at = row_of[j] * a.features + c;
-      if (a.dots) a.dots[slot] += dot(x, a.rows + at, n);
-      if (!a.out) continue;
-      const sum_t<T> w = a.weights ? a.weights[slot] : sum_t<T>(1);
-      for (int64_t i = 0; i < n; ++i) a.out[at + i] = Sum<T>::store(w * Sum<T>::load(x[i]));
-    }
+MOEYARD_INLINE void dot_token(const Arrays<T>& a, const Plan& plan, int64_t token, int64_t c, int64_t n) {
+  const T* x = a.tokens + token * a.features + c;
+  for (int64_t slot = token * plan.k; slot < (token + 1) * plan.k; ++slot) {
+    const int64_t row = plan.row_of_slot[slot];
+    fetch_ahead(a, plan, slot, c, n);
+    if (row >= 0) a.dots[slot] += dot(x, a.rows + row * a.features + c, n);
   }
 }
+
+// Unpermutes tokens [begin, end). Columns are the outer loop, so that every element of a row is fetched once for the
+// sum and the dot.
+struct CombineTokens {
+  template <Simd, class T>
+  static MOEYARD_INLINE void run(const Arrays<T>& a, const Plan& plan, int64_t begin, int64_t end) {
+    if (a.dots) std::fill(a.dots + begin * plan.k, a.dots + end * plan.k, sum_t<T>{});
+    alignas(64) sum_t<T> sum[kColumns];
+    for (int64_t t = begin; t < end; ++t) {
+      for (int64_t c = 0; c < a.features; c += kColumns) {
+        const int64_t n = std::min(kColumns, a.features - c);
+        if (a.dots) dot_token(a, plan, t, c, n);
+        if (!a.out) continue;
+        if (a.weights)
+          sum_token<true>(a, plan, t, c, n, sum);
+        else
+          sum_token<false>(a, plan, t, c, n, sum);
+        T* out = a.out + t * a.features + c;
+        for (int64_t i = 0; i < n; ++i) out[i] = Sum<T>::store(sum[i]);
+      }
+    }
+  }
+};
+
+// Permutes tokens [begin, end): the k rows of each, and the dots of the token with the rows of the other array.
+struct SpreadTokens {
+  template <Simd, class T>
+  static MOEYARD_INLINE void run(const Arrays<T>& a, const Plan& plan, int64_t begin, int64_t end, bool stream) {
+    if (a.dots) std::fill(a.dots + begin * plan.k, a.dots + end * plan.k, sum_t<T>{});
+    alignas(64) T scaled[kColumns];
+    for (int64_t t = begin; t < end; ++t) {
+      for (int64_t c = 0; c < a.features; c += kColumns) {
+        const int64_t n = std::min(kColumns, a.features - c);
+        const T* x = a.tokens + t * a.features + c;
+        for (int64_t slot = t * plan.k; slot < (t + 1) * plan.k; ++slot) {
+          if (a.dots) fetch_ahead(a, plan, slot, c, n);
+          if (plan.row_of_slot[slot] < 0) continue;
+          const int64_t at = plan.row_of_slot[slot] * a.features + c;
+          if (a.dots) a.dots[slot] += dot(x, a.rows + at, n);
+          if (!a.out) continue;
+          scale_row(x, a.weights ? a.weights[slot] : sum_t<T>(1), n, stream ? scaled : a.out + at);
+          if (stream) stream_bytes(scaled, n * int64_t(sizeof(T)), a.out + at);
+        }
+      }
+    }
+    if (stream) end_stream();
+  }
+};
 
 // ---- launcher ---------------------------------------------------------------------------------------------------
 
 // Tokens (each k + 1 rows of traffic) or rows per piece of about kPieceBytes.
 int64_t grain(int64_t row_bytes, int64_t rows_per_item) {
   return std::max<int64_t>(1, kPieceBytes / std::max<int64_t>(1, row_bytes * rows_per_item + 16));
+}
+
+// Rows of an output larger than any last-level cache are in memory again before anybody reads them. Rows of a few
+// lines are left to the caches, for what lies between whole lines.
+bool streams(int64_t row_bytes, int64_t rows) {
+  constexpr int64_t kCache = int64_t(32) << 20, kLeastRow = 512;
+  return row_bytes >= kLeastRow && row_bytes * rows > kCache;
 }
 
 void zero_free_rows(const Plan& plan, int64_t row_bytes, void* out, int threads) {
@@ -139,39 +163,23 @@ void with_sum_type(DType dtype, F&& f) {
 
 }  // namespace
 
-void check_plan(const Plan& plan, int threads) {
-  const int64_t slots = plan.tokens * plan.k;
-  const int64_t bad_slot = find_first(slots, threads, [&](int64_t s) {
-    const int32_t r = plan.row_of_slot[s];
-    return r != -1 && (r < 0 || r >= plan.rows || plan.slot_of_row[r] != s);
-  });
-  if (bad_slot < slots) {
-    const int32_t r = plan.row_of_slot[bad_slot];
-    if (r < -1 || r >= plan.rows)
-      fail_value("plan.row_of_slot: expected rows in [-1, ", plan.rows, "), got ", r, " at token ", bad_slot / plan.k,
-                 ", slot ", bad_slot % plan.k);
-    fail_value("plan: expected slot_of_row to be the inverse of row_of_slot, got row_of_slot[", bad_slot / plan.k, ", ",
-               bad_slot % plan.k, "] = ", r, ", but slot_of_row[", r, "] = ", plan.slot_of_row[r]);
-  }
-  const int64_t bad_row = find_first(plan.rows, threads, [&](int64_t r) {
-    const int32_t s = plan.slot_of_row[r];
-    return s != -1 && (s < 0 || s >= slots || plan.row_of_slot[s] != r);
-  });
-  if (bad_row == plan.rows) return;
-  const int32_t s = plan.slot_of_row[bad_row];
-  if (s < -1 || s >= slots)
-    fail_value("plan.slot_of_row: expected slots in [-1, ", slots, "), got ", s, " at row ", bad_row);
-  fail_value("plan: expected row_of_slot to be the inverse of slot_of_row, got slot_of_row[", bad_row, "] = ", s,
-             ", but row_of_slot has ", plan.row_of_slot[s], " there");
-}
-
 void permute_rows(const void* x, const Plan& plan, int64_t row_bytes, void* out, int threads) {
   if (row_bytes == 0) return;
+  advise_huge_pages(out, plan.rows * row_bytes);
+  const bool stream = streams(row_bytes, plan.rows);
   parallel_for(plan.tokens, grain(row_bytes, plan.k + 1), threads, [&](int64_t begin, int64_t end) {
-    for (int64_t s = begin * plan.k; s < end * plan.k; ++s)
-      if (const int64_t r = plan.row_of_slot[s]; r >= 0)
-        std::memcpy(static_cast<char*>(out) + r * row_bytes, static_cast<const char*>(x) + s / plan.k * row_bytes,
-                    size_t(row_bytes));
+    const char* from = static_cast<const char*>(x) + begin * row_bytes;
+    for (int64_t t = begin; t < end; ++t, from += row_bytes) {
+      for (int64_t slot = t * plan.k; slot < (t + 1) * plan.k; ++slot) {
+        if (plan.row_of_slot[slot] < 0) continue;
+        char* to = static_cast<char*>(out) + plan.row_of_slot[slot] * row_bytes;
+        if (stream)
+          stream_bytes(from, row_bytes, to);
+        else
+          std::memcpy(to, from, size_t(row_bytes));
+      }
+    }
+    if (stream) end_stream();
   });
   zero_free_rows(plan, row_bytes, out, threads);
 }
@@ -182,9 +190,10 @@ void permute_weighted(const void* x, const void* weights, const void* y, const P
     using T = decltype(zero);
     const auto a = arrays<T>(x, y, weights, out, dots, features);
     const int64_t row_bytes = features * int64_t(sizeof(T));
-    parallel_for(plan.tokens, grain(row_bytes, plan.k + 1), threads, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) spread_token(a, plan, t);
-    });
+    const bool stream = out && streams(row_bytes, plan.rows);
+    if (out) advise_huge_pages(out, plan.rows * row_bytes);
+    parallel_for(plan.tokens, grain(row_bytes, plan.k + 1), threads,
+                 [&](int64_t begin, int64_t end) { run_on_level<SpreadTokens>(a, plan, begin, end, stream); });
     if (out) zero_free_rows(plan, row_bytes, out, threads);
   });
 }
@@ -195,9 +204,9 @@ void unpermute_rows(const void* y, const void* weights, const void* x, const Pla
     using T = decltype(zero);
     const auto a = arrays<T>(x, y, weights, out, dots, features);
     const int64_t row_bytes = features * int64_t(sizeof(T));
-    parallel_for(plan.tokens, grain(row_bytes, plan.k + 1), threads, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) combine_token(a, plan, t);
-    });
+    if (out) advise_huge_pages(out, plan.tokens * row_bytes);
+    parallel_for(plan.tokens, grain(row_bytes, plan.k + 1), threads,
+                 [&](int64_t begin, int64_t end) { run_on_level<CombineTokens>(a, plan, begin, end); });
   });
 }
 

@@ -1,0 +1,112 @@
+// What the permute and unpermute kernels do with single rows: copies, sums and dot products, as plain loops that the
+// compiler turns into the vector instructions of the caller's SIMD level. Every order of sums is fixed.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "common/dtype.hpp"
+#include "common/simd.hpp"
+
+#ifdef MOEYARD_X86
+#include <emmintrin.h>
+#endif
+
+namespace moeyard::cpu {
+
+// Integers are summed as unsigned, which wraps around instead of being undefined.
+template <class T>
+struct Sum {
+  using type = acc_t<T>;
+  static MOEYARD_INLINE type load(T v) { return to_float(v); }
+  static MOEYARD_INLINE T store(type v) { return from_float<T>(v); }
+};
+template <>
+struct Sum<int32_t> {
+  using type = uint32_t;
+  static MOEYARD_INLINE type load(int32_t v) { return uint32_t(v); }
+  static MOEYARD_INLINE int32_t store(type v) { return int32_t(v); }
+};
+template <>
+struct Sum<int64_t> {
+  using type = uint64_t;
+  static MOEYARD_INLINE type load(int64_t v) { return uint64_t(v); }
+  static MOEYARD_INLINE int64_t store(type v) { return int64_t(v); }
+};
+template <class T>
+using sum_t = typename Sum<T>::type;
+
+// Sixteen running sums and a fixed tree over them: the order depends on n alone.
+template <class T>
+MOEYARD_INLINE sum_t<T> dot(const T* a, const T* b, int64_t n) {
+  constexpr int kLanes = 16;
+  sum_t<T> lane[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int l = 0; l < kLanes; ++l) lane[l] += Sum<T>::load(a[i + l]) * Sum<T>::load(b[i + l]);
+  for (int l = 0; i < n; ++i, ++l) lane[l] += Sum<T>::load(a[i]) * Sum<T>::load(b[i]);
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
+  return lane[0];
+}
+
+template <class T>
+MOEYARD_INLINE void prefetch_row([[maybe_unused]] const T* row, [[maybe_unused]] int64_t n) {
+#ifdef __GNUC__
+  for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + i);
+#endif
+}
+
+template <class T>
+struct Term {
+  const T* row;
+  sum_t<T> weight;
+};
+
+// sum (or zero, for the first terms) + the terms, one after the other. N at a time, so that a sum is loaded and stored
+// once per N rows.
+template <int N, bool kWeighted, class T>
+MOEYARD_INLINE void add_terms(const Term<T>* terms, bool first, int64_t n, sum_t<T>* __restrict sum) {
+  const T* row[N];
+  sum_t<T> weight[N];
+  for (int j = 0; j < N; ++j) row[j] = terms[j].row, weight[j] = terms[j].weight;
+  if (first) std::fill(sum, sum + n, sum_t<T>{});
+  for (int64_t i = 0; i < n; ++i) {
+    sum_t<T> s = sum[i];
+    for (int j = 0; j < N; ++j) s += kWeighted ? weight[j] * Sum<T>::load(row[j][i]) : Sum<T>::load(row[j][i]);
+    sum[i] = s;
+  }
+}
+
+template <class T>
+MOEYARD_INLINE void scale_row(const T* from, sum_t<T> weight, int64_t n, T* __restrict to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = Sum<T>::store(weight * Sum<T>::load(from[i]));
+}
+
+// Copies around the caches: the line that is written is not read first, and pushes nothing out. Whole cache lines only,
+// because a line written in part costs more than it saves.
+MOEYARD_INLINE void stream_bytes(const void* from, int64_t bytes, void* to) {
+#ifdef MOEYARD_X86
+  constexpr int64_t kLine = 64;
+  const char* source = static_cast<const char*>(from);
+  char* target = static_cast<char*>(to);
+  int64_t i = std::min(bytes, int64_t(-reinterpret_cast<uintptr_t>(to) % kLine));
+  if (i) std::memcpy(target, source, size_t(i));
+  for (; i + kLine <= bytes; i += kLine)
+    for (int64_t part = i; part < i + kLine; part += 16)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(target + part),
+                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + part)));
+  if (i < bytes) std::memcpy(target + i, source + i, size_t(bytes - i));
+#else
+  std::memcpy(to, from, size_t(bytes));
+#endif
+}
+
+// Makes streamed bytes visible to other threads; before a task ends.
+inline void end_stream() {
+#ifdef MOEYARD_X86
+  _mm_sfence();
+#endif
+}
+
+}  // namespace moeyard::cpu
