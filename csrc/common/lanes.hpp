@@ -130,5 +130,29 @@ MOEYARD_INLINE V load_as(const f16* from) {
   return (V)(sign | (rest >= 0x7c00u ? (0x7f800000u | ((rest & 0x3ffu) << 13)) : (U)magnitude));
 }
 
+template <class V>
+MOEYARD_INLINE void store_as(element_t<V>* to, V v) {
+  store_lanes<V>(to, v);
+}
+template <class V>
+MOEYARD_INLINE void store_as(bf16* to, V v) {
+  constexpr int W = kWidth<V>;
+  using U = Lanes<uint32_t, W>;
+  const U bits = (U)v, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const U half = (bits & 0x7fffffffu) > 0x7f800000u ? broadcast<U>(0x7fc0u) : rounded;
+  store_lanes(reinterpret_cast<uint16_t*>(to), __builtin_convertvector(half, Lanes<uint16_t, W>));
+}
+template <class V>
+MOEYARD_INLINE void store_as(f16* to, V v) {
+  constexpr int W = kWidth<V>;
+  using U = Lanes<uint32_t, W>;
+  const U bits = (U)v, sign = (bits >> 16) & 0x8000u, rest = bits & 0x7fffffffu;
+  const U subnormal = (U)((V)rest + 0.5f) - 0x3f000000u;
+  const U normal = (rest - 0x38000000u + 0xfffu + ((rest >> 13) & 1u)) >> 13;
+  const U finite = rest < 0x38800000u ? subnormal : rest >= 0x477ff000u ? broadcast<U>(0x7c00u) : normal;
+  const U half = sign | (rest > 0x7f800000u ? broadcast<U>(0x7e00u) : finite);
+  store_lanes(reinterpret_cast<uint16_t*>(to), __builtin_convertvector(half, Lanes<uint16_t, W>));
+}
+
 }  // namespace moeyard
 #endif

@@ -113,19 +113,20 @@ void forward_chunk(const GatingProblem& g, const GatingInputs& in, const GatingO
                    int64_t index, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   constexpr int W = kLanesOf<level, A>;
-  const Scratch scratch((LaneSums<A>::count(g.experts) + LaneGate<A, T, W>::count(g)) * int64_t(sizeof(A)) +
-                        RowScratch<A>::bytes(g.experts));
+  const bool fits = fits_lanes(g);
+  const int64_t lane_numbers = LaneSums<A>::count(g.experts) + (fits ? LaneGate<A, T, W>::count(g) : 0);
+  const Scratch scratch(lane_numbers * int64_t(sizeof(A)) + RowScratch<A>::bytes(g.experts));
   Carver carve(scratch.data());
   LaneSums<A> sums(carve, g.experts);
-  LaneGate<A, T, W> block(g, in, out, carve);
+  std::optional<LaneGate<A, T, W>> block;
+  if (fits) block.emplace(g, in, out, carve);
   RowScratch<A> row(carve, g.experts);
   ChunkSums<A> chunk(workspace, index, g.experts);
   sums.clear();
   chunk.clear(g.experts);
-  const bool fits = fits_lanes(g);
   for (int64_t t = begin; t < end; t += W) {
     const int64_t rows = std::min<int64_t>(W, end - t), lane = (t - begin) % sums.lanes;
-    if (!fits || !block.run(t, rows, lane, sums, chunk.counts))
+    if (!block || !block->run(t, rows, lane, sums, chunk.counts))
       for (int64_t l = 0; l < rows; ++l)
         gate_row_at<A, T>(g, in, out, t + l, (lane + l) % sums.lanes, row, sums, chunk.counts);
     if ((t + rows - begin) % kBlockRows == 0) sums.fold_into(chunk);

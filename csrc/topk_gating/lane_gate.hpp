@@ -38,9 +38,7 @@ class LaneGate {
   MOEYARD_INLINE bool run(int64_t t, int64_t rows, int64_t lane, LaneSums<A>& sums, int32_t* counts) {
     const T* logits = static_cast<const T*>(in_.logits) + t * g_.experts;
     load_block<V>(logits, g_.experts, rows, x_);
-    Word live_lane[W];
-    for (int l = 0; l < W; ++l) live_lane[l] = -Word(l < rows && (!in_.mask || in_.mask[t + l]));
-    const M live = load_lanes<I>(live_lane);
+    const M live = live_lanes<V>(in_.mask, t, rows);
     const BlockMax<V> top = block_max<V>(x_, g_.experts);
     if (any_lane(top.has_nan & live)) return false;
     const BlockSoftmax<V> softmax = block_softmax<V>(x_, g_.experts, top.max, e_);
@@ -143,7 +141,7 @@ class LaneGate {
     const V one = score_math::constant<V>(1), factor = is_elementwise(g_.score) ? one : one / softmax.sum;
     for (int64_t i = 0; i < g_.experts; ++i)
       add(sums.score + i * sums.lanes + lane, load_lanes<V>(e_ + i * W) * factor);
-    const V lse = softmax.max + softmax.log_sum;
+    const V lse = softmax.log_sum_exp();
     add(sums.scalar + lane, lse * lse);
     add(sums.scalar + sums.lanes + lane, softmax.entropy);
   }

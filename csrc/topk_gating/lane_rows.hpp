@@ -44,6 +44,14 @@ MOEYARD_INLINE V lane_sum(int64_t n, Term&& term) {
   return fold_lanes(partial, std::min<int64_t>(n, kPartials));
 }
 
+/// Which of the W rows from row t on are to be looked at: all ones in their lanes.
+template <class V>
+MOEYARD_INLINE mask_t<V> live_lanes(const uint8_t* mask, int64_t t, int64_t rows) {
+  element_t<mask_t<V>> live[kWidth<V>];
+  for (int l = 0; l < kWidth<V>; ++l) live[l] = l < rows && (!mask || mask[t + l]) ? -1 : 0;
+  return load_lanes<mask_t<V>>(live);
+}
+
 template <class V>
 struct BlockMax {
   V max;
@@ -57,6 +65,14 @@ MOEYARD_INLINE void load_narrow(const T* logits, element_t<V>* x) {
   for (int j = 0; j < N; ++j) v[j] = load_as<V>(logits + j * kWidth<V>);
   rows_to_columns(v);
   for (int j = 0; j < N; ++j) store_lanes<V>(x + j * kWidth<V>, v[j]);
+}
+
+template <int N, class V, class T>
+MOEYARD_INLINE void store_narrow(const element_t<V>* x, T* out) {
+  V v[N];
+  for (int j = 0; j < N; ++j) v[j] = load_lanes<V>(x + j * kWidth<V>);
+  columns_to_rows(v);
+  for (int j = 0; j < N; ++j) store_as<V>(out + j * kWidth<V>, v[j]);
 }
 
 /// Turns `rows` <= W rows of n logits into a block; the lanes that are left repeat the last row.
@@ -73,6 +89,8 @@ MOEYARD_INLINE void load_block(const T* logits, int64_t n, int64_t rows, element
       rows_to_columns(v);
       for (int j = 0; j < W; ++j) store_lanes<V>(x + (first + j) * W, v[j]);
     }
+  } else if (rows == W && n == 2 && W > 2) {
+    load_narrow<2, V>(logits, x);
   } else if (rows == W && n == 4 && W > 4) {
     load_narrow<4, V>(logits, x);
   } else if (rows == W && n == 8 && W > 8) {
@@ -80,6 +98,31 @@ MOEYARD_INLINE void load_block(const T* logits, int64_t n, int64_t rows, element
   } else {
     for (int64_t i = 0; i < n; ++i)
       for (int r = 0; r < W; ++r) x[i * W + r] = to_float(row[r][i]);
+  }
+}
+
+/// The inverse of load_block: writes the lanes of `rows` <= W rows.
+template <class V, class T>
+MOEYARD_INLINE void store_block(const element_t<V>* x, int64_t n, int64_t rows, T* out) {
+  constexpr int W = kWidth<V>;
+  if (n >= W) {
+    for (int64_t tile = 0; tile < n; tile += W) {
+      const int64_t first = std::min(tile, n - W);
+      V v[W];
+      for (int j = 0; j < W; ++j) v[j] = load_lanes<V>(x + (first + j) * W);
+      columns_to_rows(v);
+      for (int r = 0; r < W; ++r)
+        if (r < rows) store_as<V>(out + r * n + first, v[r]);
+    }
+  } else if (rows == W && n == 2 && W > 2) {
+    store_narrow<2, V>(x, out);
+  } else if (rows == W && n == 4 && W > 4) {
+    store_narrow<4, V>(x, out);
+  } else if (rows == W && n == 8 && W > 8) {
+    store_narrow<8, V>(x, out);
+  } else {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = 0; i < n; ++i) out[r * n + i] = from_float<T>(x[i * W + r]);
   }
 }
 
@@ -98,6 +141,8 @@ MOEYARD_INLINE BlockMax<V> block_max(const element_t<V>* x, int64_t n) {
 template <class V>
 struct BlockSoftmax {
   V max, sum, log_sum, entropy;
+
+  MOEYARD_INLINE V log_sum_exp() const { return max + log_sum; }
 };
 
 /// row_softmax without NaN: writes the exponentials, not yet divided by their sum, to e (which may be x).
