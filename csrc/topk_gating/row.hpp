@@ -8,21 +8,22 @@
 #include "topk_gating/topk_gating.hpp"
 
 namespace moeyard::cpu {
+namespace {
 
-constexpr int kLanes = 32;
+constexpr int kPartials = 32;
 
-/// term(0) + ... + term(n-1) in the order that a warp takes on CUDA: lane l adds l, l+32, l+64, ..., then halves are
-/// folded. It is the one order of all sums along a row.
+/// term(0) + ... + term(n-1) in the order that a warp takes on CUDA: partial sum l adds l, l+32, l+64, ..., then halves
+/// are folded. It is the one order of all sums along a row.
 template <class A, class Term>
 A row_sum(int64_t n, Term&& term) {
-  A lane[kLanes] = {};
+  A partial[kPartials] = {};
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int l = 0; l < kLanes; ++l) lane[l] += term(i + l);
-  for (int l = 0; i + l < n; ++l) lane[l] += term(i + l);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
-  return lane[0];
+  for (; i + kPartials <= n; i += kPartials)
+    for (int l = 0; l < kPartials; ++l) partial[l] += term(i + l);
+  for (int l = 0; i + l < n; ++l) partial[l] += term(i + l);
+  for (int half = kPartials / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l) partial[l] += partial[l + half];
+  return partial[0];
 }
 
 /// The softmax of a row over its logits above -inf; NaN logits are left out (and reported), +inf is capped. A row with
@@ -35,9 +36,9 @@ struct RowSoftmax {
   A log_sum_exp() const { return max + log_sum; }
 };
 
-/// `at(i)` is logit i of n. Writes the probabilities to p and returns the rest.
+/// `at(i)` is logit i of n. Writes the exponentials, not yet divided by their sum, to e and returns the rest.
 template <class A, class At>
-RowSoftmax<A> row_softmax(int64_t n, At&& at, A* p) {
+RowSoftmax<A> row_softmax(int64_t n, At&& at, A* e) {
   using score_math::capped;
   RowSoftmax<A> row;
   A max = -std::numeric_limits<A>::infinity();
@@ -47,51 +48,36 @@ RowSoftmax<A> row_softmax(int64_t n, At&& at, A* p) {
     max = v > max ? v : max;
   }
   if (!(max > -std::numeric_limits<A>::infinity())) {
-    std::fill(p, p + n, A(0));
+    std::fill(e, e + n, A(0));
     return row;
   }
   row.max = capped(max);
   for (int64_t i = 0; i < n; ++i) {
     const A v = at(i);
-    p[i] = v == v ? score_math::exp_nonpositive(capped(v) - row.max) : A(0);
+    e[i] = v == v ? score_math::exp_nonpositive(capped(v) - row.max) : A(0);
   }
-  row.sum = row_sum<A>(n, [&](int64_t i) { return p[i]; });
+  row.sum = row_sum<A>(n, [&](int64_t i) { return e[i]; });
   row.log_sum = score_math::log_positive(row.sum);
   // -sum p log p with log p = (x - max) - log_sum; 0 log 0 = 0, also where x - max is -inf.
-  const A dot = row_sum<A>(n, [&](int64_t i) { return p[i] > A(0) ? p[i] * (capped(at(i)) - row.max) : A(0); });
+  const A dot = row_sum<A>(n, [&](int64_t i) { return e[i] > A(0) ? e[i] * (capped(at(i)) - row.max) : A(0); });
   row.entropy = row.log_sum - dot / row.sum;
-  for (int64_t i = 0; i < n; ++i) p[i] /= row.sum;
   return row;
 }
 
-/// The elementwise scores (sigmoid, sqrtsoftplus) of one logit; NaN stays NaN.
+/// The elementwise scores (sigmoid, sqrtsoftplus) of one logit or of one per lane; NaN stays NaN.
 template <class A>
-A elementwise_score(Score kind, A x) {
+MOEYARD_INLINE A elementwise_score(Score kind, A x) {
   x = score_math::capped(x);
   return kind == Score::sigmoid ? score_math::sigmoid(x) : score_math::sqrtsoftplus(x);
 }
 
 template <class A>
-A elementwise_slope(Score kind, A x) {
+MOEYARD_INLINE A elementwise_slope(Score kind, A x) {
   x = score_math::capped(x);
   return kind == Score::sigmoid ? score_math::sigmoid_slope(x) : score_math::sqrtsoftplus_slope(x);
 }
 
 inline bool is_elementwise(Score kind) { return kind == Score::sigmoid || kind == Score::sqrtsoftplus; }
 
-/// Hands out consecutive arrays of a workspace. Ask for A before int32_t, so that all stay aligned.
-class Carver {
- public:
-  explicit Carver(void* base) : at_(static_cast<char*>(base)) {}
-  template <class T>
-  T* take(int64_t count) {
-    T* array = reinterpret_cast<T*>(at_);
-    at_ += count * int64_t(sizeof(T));
-    return array;
-  }
-
- private:
-  char* at_;
-};
-
+}  // namespace
 }  // namespace moeyard::cpu

@@ -1,16 +1,18 @@
-// The score functions of topk_gating, for float and double, the same source on CPU and CUDA. They use nothing but
-// + - * / sqrt and integer operations, each correctly rounded by IEEE 754, so without contraction (-ffp-contract=off,
-// --fmad=false) both devices and every SIMD level get the same bits: choices made on scores agree everywhere. Errors
-// stay below 2.6 ulp (slopes: 4), as tests/ops measure.
+// The score functions of topk_gating, for float, double and vectors of them, the same source on CPU and CUDA. They use
+// nothing but + - * / sqrt and integer operations, each correctly rounded by IEEE 754, so without contraction
+// (-ffp-contract=off, --fmad=false) both devices and every SIMD level get the same bits: choices made on scores agree
+// everywhere. Errors stay below 2.6 ulp (slopes: 4), as tests/ops measure.
 #pragma once
 #include <bit>
 #include <cmath>
+#include <concepts>
 #include <cstdint>
 
 #ifdef __CUDACC__
-#define MOEYARD_HD __host__ __device__
+#define MOEYARD_HD __host__ __device__ __forceinline__
 #else
-#define MOEYARD_HD
+#include "common/lanes.hpp"
+#define MOEYARD_HD MOEYARD_INLINE
 #endif
 
 namespace moeyard::score_math {
@@ -24,7 +26,9 @@ template <class A>
 struct Format;
 template <>
 struct Format<float> {
-  using Int = int32_t;
+  using Number = float;
+  using Word = int32_t;
+  using Int = Word;
   static constexpr int mantissa_bits = 23, exponent_bias = 127;
   static constexpr float round_magic = 0x1.8p23f, largest = 0x1.fffffep127f;
   static constexpr float inv_ln2 = 0x1.715476p0f, ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
@@ -33,7 +37,9 @@ struct Format<float> {
 };
 template <>
 struct Format<double> {
-  using Int = int64_t;
+  using Number = double;
+  using Word = int64_t;
+  using Int = Word;
   static constexpr int mantissa_bits = 52, exponent_bias = 1023;
   static constexpr double round_magic = 0x1.8p52, largest = 0x1.fffffffffffffp1023;
   static constexpr double inv_ln2 = 0x1.71547652b82fep0, ln2_high = 0x1.62e42fefa2p-1, ln2_low = 0x1.9ef35793c7673p-41;
@@ -47,13 +53,62 @@ struct Format<double> {
 #else
 #define MOEYARD_ON(device, host) host
 #endif
-MOEYARD_HD inline int32_t to_bits(float v) { return MOEYARD_ON(__float_as_int(v), std::bit_cast<int32_t>(v)); }
-MOEYARD_HD inline int64_t to_bits(double v) { return MOEYARD_ON(__double_as_longlong(v), std::bit_cast<int64_t>(v)); }
-MOEYARD_HD inline float from_bits(int32_t v) { return MOEYARD_ON(__int_as_float(v), std::bit_cast<float>(v)); }
-MOEYARD_HD inline double from_bits(int64_t v) { return MOEYARD_ON(__longlong_as_double(v), std::bit_cast<double>(v)); }
-MOEYARD_HD inline float square_root(float v) { return MOEYARD_ON(__fsqrt_rn(v), std::sqrt(v)); }
-MOEYARD_HD inline double square_root(double v) { return MOEYARD_ON(__dsqrt_rn(v), std::sqrt(v)); }
+MOEYARD_HD int32_t to_bits(float v) { return MOEYARD_ON(__float_as_int(v), std::bit_cast<int32_t>(v)); }
+MOEYARD_HD int64_t to_bits(double v) { return MOEYARD_ON(__double_as_longlong(v), std::bit_cast<int64_t>(v)); }
+template <std::floating_point A>
+MOEYARD_HD A from_bits(typename Format<A>::Int v) {
+  if constexpr (sizeof(A) == 4)
+    return MOEYARD_ON(__int_as_float(v), std::bit_cast<float>(v));
+  else
+    return MOEYARD_ON(__longlong_as_double(v), std::bit_cast<double>(v));
+}
+MOEYARD_HD float square_root(float v) { return MOEYARD_ON(__fsqrt_rn(v), std::sqrt(v)); }
+MOEYARD_HD double square_root(double v) { return MOEYARD_ON(__dsqrt_rn(v), std::sqrt(v)); }
 #undef MOEYARD_ON
+
+/// c as an A, whichever of its lanes; an integer of A's width as an A.
+template <std::floating_point A>
+MOEYARD_HD A constant(double c) {
+  return A(c);
+}
+template <std::floating_point A>
+MOEYARD_HD A from_int(typename Format<A>::Int n) {
+  return A(n);
+}
+
+#ifdef MOEYARD_LANES
+template <class V>
+  requires(kWidth<V> > 1)
+struct Format<V> : Format<element_t<V>> {
+  using Int = Lanes<typename Format<element_t<V>>::Word, kWidth<V>>;
+};
+template <class V>
+  requires(kWidth<V> > 1)
+MOEYARD_HD V constant(double c) {
+  return broadcast<V>(element_t<V>(c));
+}
+template <class V>
+  requires(kWidth<V> > 1)
+MOEYARD_HD V from_int(typename Format<V>::Int n) {
+  return __builtin_convertvector(n, V);
+}
+template <class V>
+  requires(kWidth<V> > 1)
+MOEYARD_HD typename Format<V>::Int to_bits(V v) {
+  return (typename Format<V>::Int)v;
+}
+template <class V>
+  requires(kWidth<V> > 1)
+MOEYARD_HD V from_bits(typename Format<V>::Int v) {
+  return (V)v;
+}
+template <class V>
+  requires(kWidth<V> > 1)
+MOEYARD_HD V square_root(V v) {
+  for (int l = 0; l < kWidth<V>; ++l) v[l] = square_root(v[l]);
+  return v;
+}
+#endif
 
 // ---- series, by Horner's rule -----------------------------------------------------------------------------------
 
@@ -65,8 +120,8 @@ MOEYARD_HD constexpr double inverse_factorial(int n) {
 
 /// sum over i >= N of r^(i-N) / i!, up to i = exp_terms: exp(r) for N = 0, |r| <= ln(2)/2.
 template <class A, int N = 0>
-MOEYARD_HD inline A exp_series(A r) {
-  constexpr A coefficient = A(inverse_factorial(N));
+MOEYARD_HD auto exp_series(A r) {
+  constexpr auto coefficient = typename Format<A>::Number(inverse_factorial(N));
   if constexpr (N == Format<A>::exp_terms)
     return coefficient;
   else
@@ -75,8 +130,8 @@ MOEYARD_HD inline A exp_series(A r) {
 
 /// sum over i >= N of z2^(i-N) / (2i+1), up to i = atanh_terms.
 template <class A, int N>
-MOEYARD_HD inline A atanh_series(A z2) {
-  constexpr A coefficient = A(1.0 / (2 * N + 1));
+MOEYARD_HD auto atanh_series(A z2) {
+  constexpr auto coefficient = typename Format<A>::Number(1.0 / (2 * N + 1));
   if constexpr (N == Format<A>::atanh_terms)
     return coefficient;
   else
@@ -85,8 +140,8 @@ MOEYARD_HD inline A atanh_series(A z2) {
 
 /// 2 atanh(z) for |z| <= 1/3. The leading term is added last, which halves the error.
 template <class A>
-MOEYARD_HD inline A twice_atanh(A z) {
-  const A z2 = z * z, twice = A(2) * z;
+MOEYARD_HD A twice_atanh(A z) {
+  const A z2 = z * z, twice = constant<A>(2) * z;
   return twice + twice * (z2 * atanh_series<A, 1>(z2));
 }
 
@@ -94,80 +149,83 @@ MOEYARD_HD inline A twice_atanh(A z) {
 
 /// exp(x) for x <= 0 (-inf too); what would be below the smallest normal number is 0. NaN stays NaN.
 template <class A>
-MOEYARD_HD inline A exp_nonpositive(A x) {
+MOEYARD_HD A exp_nonpositive(A x) {
   using F = Format<A>;
   using Int = typename F::Int;
-  const A inside = x < F::exp_cutoff ? A(0) : x;
+  const A inside = x < F::exp_cutoff ? A{} : x;
   const A shifted = inside * F::inv_ln2 + F::round_magic, n = shifted - F::round_magic;
   const A r = (inside - n * F::ln2_high) - n * F::ln2_low;
-  const Int exponent = to_bits(shifted) - to_bits(F::round_magic) + Int(F::exponent_bias);
-  const A power = from_bits(Int(exponent << F::mantissa_bits));
-  if (x != x) return x;
-  return x < F::exp_cutoff ? A(0) : exp_series(r) * power;
+  const Int exponent = to_bits(shifted) - to_bits(F::round_magic) + typename F::Word(F::exponent_bias);
+  const A power = from_bits<A>(exponent << F::mantissa_bits);
+  // NaN fails the comparison and comes through the series.
+  return x < F::exp_cutoff ? A{} : exp_series(r) * power;
 }
 
 /// log(1 + e) for e in [0, 1]: 2 atanh(e / (2 + e)).
 template <class A>
-MOEYARD_HD inline A log1p_unit(A e) {
-  return twice_atanh(e / (A(2) + e));
+MOEYARD_HD A log1p_unit(A e) {
+  return twice_atanh(e / (constant<A>(2) + e));
 }
 
 /// log(x) for a normal x > 0: x = 2^n m with m in [sqrt(1/2), sqrt(2)].
 template <class A>
-MOEYARD_HD inline A log_positive(A x) {
+MOEYARD_HD A log_positive(A x) {
   using F = Format<A>;
   using Int = typename F::Int;
-  const Int bits = to_bits(x), fraction = bits & ((Int(1) << F::mantissa_bits) - 1);
-  Int n = (bits >> F::mantissa_bits) - F::exponent_bias;
-  A m = from_bits(Int(fraction | (Int(F::exponent_bias) << F::mantissa_bits)));
-  if (m > F::sqrt2) m *= A(0.5), n += 1;
-  const A log_m = twice_atanh((m - A(1)) / (m + A(1)));
-  return A(n) * F::ln2_high + (log_m + A(n) * F::ln2_low);
+  using Word = typename F::Word;
+  const Int bits = to_bits(x), fraction = bits & ((Word(1) << F::mantissa_bits) - 1);
+  const Int exponent = (bits >> F::mantissa_bits) - Word(F::exponent_bias);
+  const A whole = from_bits<A>(fraction | (Word(F::exponent_bias) << F::mantissa_bits));
+  const A m = whole > F::sqrt2 ? whole * constant<A>(0.5) : whole;
+  const A n = from_int<A>(whole > F::sqrt2 ? exponent + Word(1) : exponent);
+  const A log_m = twice_atanh((m - constant<A>(1)) / (m + constant<A>(1)));
+  return n * F::ln2_high + (log_m + n * F::ln2_low);
 }
 
 /// exp(-|x|), of which sigmoid and softplus are made without overflow.
 template <class A>
-MOEYARD_HD inline A exp_minus_abs(A x) {
-  return exp_nonpositive(x > A(0) ? -x : x);
+MOEYARD_HD A exp_minus_abs(A x) {
+  return exp_nonpositive(x > A{} ? -x : x);
 }
 
 template <class A>
-MOEYARD_HD inline A sigmoid(A x) {
-  const A e = exp_minus_abs(x);
-  return (x >= A(0) ? A(1) : e) / (A(1) + e);
+MOEYARD_HD A sigmoid(A x) {
+  const A e = exp_minus_abs(x), one = constant<A>(1);
+  return (x >= A{} ? one : e) / (one + e);
 }
 
 /// s (1 - s) for s = sigmoid(x), without the cancellation.
 template <class A>
-MOEYARD_HD inline A sigmoid_slope(A x) {
-  const A e = exp_minus_abs(x), d = A(1) + e;
+MOEYARD_HD A sigmoid_slope(A x) {
+  const A e = exp_minus_abs(x), d = constant<A>(1) + e;
   return e / (d * d);
 }
 
 template <class A>
-MOEYARD_HD inline A softplus(A x) {
+MOEYARD_HD A softplus(A x) {
   const A tail = log1p_unit(exp_minus_abs(x));
-  return x > A(0) ? x + tail : tail;
+  return x > A{} ? x + tail : tail;
 }
 
 /// Far below 0 softplus(x) rounds to exp(x), which vanishes where its root is still a normal number.
 template <class A>
-MOEYARD_HD inline A sqrtsoftplus(A x) {
-  return x < A(-64) ? exp_nonpositive(A(0.5) * x) : square_root(softplus(x));
+MOEYARD_HD A sqrtsoftplus(A x) {
+  const A far = constant<A>(-64);
+  return x < far ? exp_nonpositive(x < far ? constant<A>(0.5) * x : far) : square_root(softplus(x));
 }
 
 /// d sqrtsoftplus / dx = sigmoid(x) / (2 s), far below 0 s / 2; 0 where s has become 0.
 template <class A>
-MOEYARD_HD inline A sqrtsoftplus_slope(A x) {
-  if (x < A(-64)) return A(0.5) * sqrtsoftplus(x);
+MOEYARD_HD A sqrtsoftplus_slope(A x) {
   const A s = sqrtsoftplus(x);
-  return s > A(0) ? sigmoid(x) / (A(2) * s) : A(0);
+  const A near = s > A{} ? sigmoid(x) / (constant<A>(2) * s) : A{};
+  return x < constant<A>(-64) ? constant<A>(0.5) * s : near;
 }
 
 /// +inf counts as the largest finite number, so that weights stay finite.
 template <class A>
-MOEYARD_HD inline A capped(A x) {
-  return x > Format<A>::largest ? Format<A>::largest : x;
+MOEYARD_HD A capped(A x) {
+  return x > Format<A>::largest ? constant<A>(Format<A>::largest) : x;
 }
 
 }  // namespace moeyard::score_math

@@ -7,6 +7,7 @@
 #include <limits>
 
 namespace moeyard::cpu {
+namespace {
 
 // Up to here a sorted list kept by insertion beats sorting.
 constexpr int64_t kInsertionLimit = 32;
@@ -62,4 +63,5 @@ void limit_to_groups(A* key, int64_t n, int64_t num_groups, int64_t topk_groups,
     if (group_key[g] == group_key[g]) std::fill(key + g * size, key + (g + 1) * size, Limits::quiet_NaN());
 }
 
+}  // namespace
 }  // namespace moeyard::cpu

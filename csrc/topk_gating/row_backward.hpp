@@ -1,14 +1,11 @@
-#include <algorithm>
-#include <limits>
-
-#include "common/parallel.hpp"
+// The backward pass over one row.
+#pragma once
+#include "topk_gating/kernels.hpp"
 #include "topk_gating/row.hpp"
 #include "topk_gating/topk_gating.hpp"
 
 namespace moeyard::cpu {
 namespace {
-
-// ---- kernel -----------------------------------------------------------------------------------------------------
 
 template <class A>
 struct Gradients {
@@ -26,15 +23,15 @@ struct Gradients {
 };
 
 // Scratch of one row: p probabilities, gs gradient of the scores, gx gradient of the logits (all [E]); per slot (also
-// sized E) c the chosen scores and gc their gradient. Its size is below that of the forward's chunk.
+// sized E) c the chosen scores and gc their gradient.
 template <class A>
 struct Row {
   A *p, *gs, *gx, *c, *gc;
 
-  Row(void* workspace, int64_t chunk, const GatingProblem& g) {
-    Carver carve(static_cast<char*>(workspace) + chunk * 5 * g.experts * int64_t(sizeof(A)));
-    for (A** row : {&p, &gs, &gx, &c, &gc}) *row = carve.take<A>(g.experts);
+  Row(Carver& carve, int64_t experts) {
+    for (A** row : {&p, &gs, &gx, &c, &gc}) *row = carve.take<A>(experts);
   }
+  static int64_t count(int64_t experts) { return 5 * experts; }
 };
 
 // x_i' = p_i (g_i - sum p g), added to `out` by `add(i, x_i')`.
@@ -76,7 +73,8 @@ void chosen_backward(const GatingProblem& g, At&& at, const int32_t* experts, co
                      const A* grad_weight_sum, Row<A>& row) {
   if (!grad_weights && !grad_weight_sum) return;
   if (g.score == Score::softmax_topk) {
-    row_softmax<A>(g.k, [&](int64_t s) { return at(experts[s]); }, row.c);
+    const RowSoftmax<A> chosen = row_softmax<A>(g.k, [&](int64_t s) { return at(experts[s]); }, row.c);
+    for (int64_t s = 0; s < g.k; ++s) row.c[s] /= chosen.sum;
   } else {
     for (int64_t s = 0; s < g.k; ++s) {
       const A x = at(experts[s]);
@@ -125,7 +123,11 @@ void backward_row(const GatingProblem& g, const T* logits, const int32_t* expert
     if (experts[s] < 0 || experts[s] >= g.experts)
       fail_value("experts: expected ids in [0, ", g.experts, ") in rows that are not masked, got ", experts[s]);
   RowSoftmax<A> stats;
-  if (!is_elementwise(g.score) || grads.of_softmax()) stats = row_softmax<A>(g.experts, at, row.p);
+  if (!is_elementwise(g.score) || grads.of_softmax()) {
+    stats = row_softmax<A>(g.experts, at, row.p);
+    const A factor = A(1) / stats.sum;
+    for (int64_t i = 0; i < g.experts; ++i) row.p[i] *= factor;
+  }
   std::fill(row.gx, row.gx + g.experts, A(0));
   if (grads.score_sum)
     std::copy(grads.score_sum, grads.score_sum + g.experts, row.gs);
@@ -142,34 +144,5 @@ void backward_row(const GatingProblem& g, const T* logits, const int32_t* expert
   }
 }
 
-// ---- launcher ---------------------------------------------------------------------------------------------------
-
-template <class A, class T>
-void launch(const GatingProblem& g, const void* logits, const int32_t* experts, const uint8_t* mask,
-            const GatingGradients& gradients, void* grad_logits, void* workspace, int threads) {
-  const Gradients<A> grads(gradients);
-  const int64_t rows = gating_chunk_rows(g.rows);
-  parallel_for(g.rows, rows, threads, [&](int64_t begin, int64_t end) {
-    Row<A> row(workspace, begin / rows, g);
-    for (int64_t t = begin; t < end; ++t) {
-      T* out = static_cast<T*>(grad_logits) + t * g.experts;
-      if (mask && !mask[t])
-        std::fill(out, out + g.experts, from_float<T>(acc_t<T>(0)));
-      else
-        backward_row<A, T>(g, static_cast<const T*>(logits) + t * g.experts, experts + t * g.k,
-                           grads.weights ? grads.weights + t * g.k : nullptr, grads, row, out);
-    }
-  });
-}
-
 }  // namespace
-
-void topk_gating_backward(const GatingProblem& g, const void* logits, const int32_t* experts, const uint8_t* mask,
-                          const GatingGradients& grads, void* grad_logits, void* workspace, int threads) {
-  with_float_type(g.dtype, [&](auto element) {
-    using T = decltype(element);
-    launch<acc_t<T>, T>(g, logits, experts, mask, grads, grad_logits, workspace, threads);
-  });
-}
-
 }  // namespace moeyard::cpu
