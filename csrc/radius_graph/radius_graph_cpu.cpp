@@ -47,7 +47,7 @@ std::unique_ptr<HitStore> symmetrize(const HitStore& chosen, int threads) {
   using Hit = std::array<int32_t, Stride>;
   const int64_t n = chosen.centres();
   const auto for_each = [&](int64_t i, auto&& f) {
-    for (const int32_t *at = chosen.hits(i), *end = at + int64_t(chosen.count(i)) * Stride; at != end; at += Stride) {
+    for (const int32_t *at = chosen.hits(i), *end = at + chosen.count(i) * Stride; at != end; at += Stride) {
       Hit hit;
       std::copy(at, at + Stride, hit.begin());
       f(hit);
@@ -103,13 +103,16 @@ RadiusHits search(const PointSet& points, const PointSet& centres, const Periodi
 
   RadiusHits hits;
   hits.store = std::make_unique<HitStore>(homes.count, periodic.cell ? 4 : 1);
+  if (!same) hits.store->clear();
   std::atomic<int64_t> truncated{0};
   const Pairs<T> pairs{static_cast<const T*>(points.xyz), static_cast<const T*>(homes.xyz), same};
-  const SearchCall<T> call{pairs, r2, options, periodic, pick_scan<T>(simd_level()), *hits.store, truncated};
+  const SearchCall<T> call{pairs, r2, options, periodic, pick_scan<T>(simd_level()), pick_order(simd_level()), *hits.store, truncated};
   search_graphs(call, graphs, threads);
-  if (options.symmetric && options.max_neighbors > 0)
-    hits.store = periodic.cell ? symmetrize<4>(*hits.store, threads) : symmetrize<1>(*hits.store, threads);
   hits.num_edges = hits.store->finish();
+  if (options.symmetric && options.max_neighbors > 0) {
+    hits.store = periodic.cell ? symmetrize<4>(*hits.store, threads) : symmetrize<1>(*hits.store, threads);
+    hits.num_edges = hits.store->finish();
+  }
   hits.truncated = truncated;
   return hits;
 }
@@ -144,7 +147,7 @@ void fill(const HitStore& store, const PointSet& points, const PointSet& centres
   const Pairs<T> pairs{static_cast<const T*>(points.xyz), static_cast<const T*>(homes.xyz), same};
   parallel_for(homes.count, kFillGrain, threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      out.num_neighbors[i] = store.count(i);
+      out.num_neighbors[i] = int32_t(store.count(i));
       const T* cell = static_cast<const T*>(periodic.cell);
       if (cell && periodic.num_cells >= 0 && store.count(i)) cell += 9 * graph_of(homes, i);
       fill_centre(store, i, pairs, cell, out);

@@ -15,6 +15,7 @@
 #include "radius_graph/hit_store.hpp"
 #include "radius_graph/kd_tree.hpp"
 #include "radius_graph/lattice.hpp"
+#include "radius_graph/order.hpp"
 #include "radius_graph/scan.hpp"
 
 namespace moeyard::cpu {
@@ -27,6 +28,7 @@ struct SearchCall {
   RadiusOptions options;
   Periodicity periodic;
   Scan<T> scan;
+  Order order;
   HitStore& store;
   std::atomic<int64_t>& truncated;
 };
@@ -75,29 +77,34 @@ class GraphSearch {
   void within(Worker<T>& worker, double radius, T r2, int threads) {
     reach2_ = r2;
     if (double(points_.n) * double(centres_.n) <= kBruteForcePairs) return by_brute_force(worker);
-    if (const auto grid = Grid<T>::fit(points_, radius)) return by_grid(*grid, threads);
+    if (const auto grid = Grid<T>::fit(points_, radius, threads)) return by_grid(*grid, threads);
     by_tree(threads);
   }
 
   void by_brute_force(Worker<T>& worker) {
-    worker.block.resize(points_.n);
+    worker.block.n = 0;
+    worker.block.reserve(points_.n);
+    worker.block.n = points_.n;
     for (int64_t j = 0; j < points_.n; ++j) worker.block.set(j, points_.xyz + 3 * j, j);
     worker.block.pad();
-    for (int64_t i = 0; i < centres_.n; ++i) scan(worker, i);
+    for (int64_t i = 0; i < centres_.n; ++i) scan(worker, i, centres_.xyz + 3 * i);
   }
 
   void by_grid(const Grid<T>& grid, int threads) {
-    const Bins<T> bins = grid.bin(points_);
-    const Bins<T> others = own_structure() ? Bins<T>{} : grid.bin(centres_);
+    const Bins<T> bins = grid.bin(points_, threads);
+    const Bins<T> others = own_structure() ? Bins<T>{} : grid.bin(centres_, threads);
     const Bins<T>& homes = own_structure() ? bins : others;
-    if (crowded(bins)) return nearest_within(KdTree<T>(points_), threads);
+    if (crowded(grid, bins)) return nearest_within(KdTree<T>(points_), threads);
     parallel_for(grid.cells(), grid.cells() / kPieces, threads, [&](int64_t begin, int64_t end) {
       Worker<T> worker(call_.store);
       for (int64_t cell = begin; cell < end; ++cell) {
-        const int32_t first = homes.start[size_t(cell)], last = homes.start[size_t(cell + 1)];
+        const int32_t first = homes.begin(cell), last = homes.end(cell);
         if (first == last) continue;
         grid.collect(bins, cell, worker.block);
-        for (int32_t k = first; k < last; ++k) scan(worker, homes.points.id[size_t(k)]);
+        for (int32_t k = first; k < last; ++k) {
+          const T centre[3] = {homes.points.x[k], homes.points.y[k], homes.points.z[k]};
+          scan(worker, homes.points.id[k], centre);
+        }
       }
     });
   }
@@ -114,20 +121,21 @@ class GraphSearch {
         const auto& leaf = homes.node(homes.leaves()[size_t(l)]);
         const bool together = tree.collect(leaf.box, reach2_, kMaxLeafBlock, worker.block);
         for (int32_t k = leaf.begin; k < leaf.end; ++k) {
-          const int32_t i = homes.points().id[size_t(k)];
-          if (!together) tree.collect(box_of(centres_.xyz + 3 * int64_t(i)), reach2_, points_.n, worker.block);
-          scan(worker, i);
+          const int32_t i = homes.points().id[k];
+          const T* centre = centres_.xyz + 3 * int64_t(i);
+          if (!together) tree.collect(box_of(centre), reach2_, points_.n, worker.block);
+          scan(worker, i, centre);
         }
       }
     });
   }
 
   // Whether a centre meets so many more points than it may keep that finding the nearest in a tree costs less.
-  bool crowded(const Bins<T>& bins) const {
+  bool crowded(const Grid<T>& grid, const Bins<T>& bins) const {
     if (call_.options.max_neighbors < 1) return false;
     double squares = 0;
-    for (size_t cell = 0; cell + 1 < bins.start.size(); ++cell) {
-      const double count = bins.start[cell + 1] - bins.start[cell];
+    for (int64_t cell = 0; cell < grid.cells(); ++cell) {
+      const double count = bins.end(cell) - bins.begin(cell);
       squares += count * count;
     }
     return squares > (8.0 * double(call_.options.max_neighbors) + 64) * double(bins.points.n);
@@ -137,10 +145,11 @@ class GraphSearch {
 
   // ---- one centre against its candidates -------------------------------------------------------------------------
 
-  void scan(Worker<T>& worker, int64_t i) {
+  void scan(Worker<T>& worker, int64_t i, const T* centre) {
     auto& ids = worker.ids;
-    ids.resize(size_t(worker.block.n + kLanes));
-    int64_t found = call_.scan(worker.block, centres_.xyz + 3 * i, reach2_, self(i), ids.data());
+    if (int64_t(ids.size()) < worker.block.n + kOrderMargin + kLanes)
+      ids.resize(size_t(2 * worker.block.n + kOrderMargin + kLanes));
+    int64_t found = call_.scan(worker.block, centre, reach2_, self(i), ids.data());
     const auto keep = [&](auto&& wanted) { found = std::remove_if(&ids[0], &ids[0] + found, wanted) - &ids[0]; };
     if (wrapped_) keep([&](int32_t id) { return !(exact(i, id) < call_.r2); });
     if (call_.options.half) keep([&](int32_t id) { return !first_of_pair(i, id); });
@@ -149,6 +158,10 @@ class GraphSearch {
       keep_nearest(worker, i, found, cap);
       found = cap;
       call_.truncated.fetch_add(1, std::memory_order_relaxed);
+    }
+    if (!cell_) {
+      int32_t* out = worker.writer.add(graph_.centre_begin + i, found);
+      return call_.order(ids.data(), found, int32_t(graph_.begin), out);
     }
     std::sort(&ids[0], &ids[0] + found);
     commit(worker, i, found);
