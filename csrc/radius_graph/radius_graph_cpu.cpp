@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "radius_graph/emit.hpp"
 #include "radius_graph/search_graph.hpp"
 
 namespace moeyard::cpu {
@@ -117,51 +118,6 @@ RadiusHits search(const PointSet& points, const PointSet& centres, const Periodi
   return hits;
 }
 
-// ---- fill -----------------------------------------------------------------------------------------------------
-
-template <class T>
-void fill_centre(const HitStore& store, int64_t i, const Pairs<T>& pairs, const T* cell, const RadiusOutputs& out) {
-  T *distance = static_cast<T*>(out.distance), *vector = static_cast<T*>(out.vector);
-  const int32_t* hit = store.hits(i);
-  const int64_t end = std::min(store.offset(i + 1), out.capacity);
-  for (int64_t e = store.offset(i); e < end; ++e, hit += store.stride()) {
-    out.centre[e] = i;
-    out.neighbour[e] = hit[0];
-    Shift s{{0, 0, 0}};
-    if (cell) {
-      std::copy(hit + 1, hit + 4, s.n);
-      std::copy(hit + 1, hit + 4, out.cell_shift + 3 * e);
-    }
-    if (!distance) continue;
-    const Vec3<T> d = cell ? pairs(i, hit[0], s, cell) : pairs(i, hit[0]);
-    distance[e] = std::sqrt(squared_norm(d));
-    vector[3 * e] = d.x, vector[3 * e + 1] = d.y, vector[3 * e + 2] = d.z;
-  }
-}
-
-template <class T>
-void fill(const HitStore& store, const PointSet& points, const PointSet& centres, const Periodicity& periodic,
-          const RadiusOutputs& out, int threads) {
-  const bool same = centres.xyz == nullptr;
-  const PointSet& homes = same ? points : centres;
-  const Pairs<T> pairs{static_cast<const T*>(points.xyz), static_cast<const T*>(homes.xyz), same};
-  parallel_for(homes.count, kFillGrain, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      out.num_neighbors[i] = int32_t(store.count(i));
-      const T* cell = static_cast<const T*>(periodic.cell);
-      if (cell && periodic.num_cells >= 0 && store.count(i)) cell += 9 * graph_of(homes, i);
-      fill_centre(store, i, pairs, cell, out);
-    }
-  });
-  for (int64_t e = store.offset(homes.count); e < out.capacity; ++e) {
-    out.centre[e] = out.neighbour[e] = 0;
-    if (out.cell_shift) std::fill_n(out.cell_shift + 3 * e, 3, 0);
-    if (!out.distance) continue;
-    static_cast<T*>(out.distance)[e] = T(out.padding);
-    std::fill_n(static_cast<T*>(out.vector) + 3 * e, 3, T(0));
-  }
-}
-
 }  // namespace
 
 RadiusHits radius_graph_search(DType dtype, const PointSet& points, const PointSet& centres,
@@ -172,8 +128,8 @@ RadiusHits radius_graph_search(DType dtype, const PointSet& points, const PointS
 
 void radius_graph_fill(const RadiusHits& hits, DType dtype, const PointSet& points, const PointSet& centres,
                        const Periodicity& periodic, const RadiusOutputs& out, int threads) {
-  dtype == DType::f64 ? fill<double>(*hits.store, points, centres, periodic, out, threads)
-                      : fill<float>(*hits.store, points, centres, periodic, out, threads);
+  dtype == DType::f64 ? emit<double>(*hits.store, points, centres, periodic, out, threads)
+                      : emit<float>(*hits.store, points, centres, periodic, out, threads);
 }
 
 }  // namespace moeyard::cpu
