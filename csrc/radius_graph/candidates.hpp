@@ -5,6 +5,7 @@
 #include <cstring>
 #include <limits>
 
+#include "common/simd.hpp"
 #include "radius_graph/buffer.hpp"
 
 namespace moeyard::cpu {
@@ -26,6 +27,8 @@ class Columns {
     n = size;
   }
 
+  int64_t room() const { return room_; }
+
   /// Room for `size` points; keeps the n that there are.
   void reserve(int64_t size) {
     if (size <= room_) return;
@@ -45,10 +48,9 @@ class Columns {
 
   void set(int64_t k, const T* p, int64_t index) { x[k] = p[0], y[k] = p[1], z[k] = p[2], id[k] = int32_t(index); }
 
-  /// Appends points [begin, end) of `from`. Copies whole vectors, past the end: calling memcpy for the dozen points of
-  /// a run would take longer than copying them.
-  void append(const Columns& from, int64_t begin, int64_t end) {
-    if (n + end - begin > room_) reserve((n + end - begin) * 3 / 2);
+  /// Appends points [begin, end) of `from`; there is room. Copies whole vectors, past the end: calling memcpy for the
+  /// dozen points of a run would take longer than copying them.
+  MOEYARD_INLINE void append(const Columns& from, int64_t begin, int64_t end) {
     for (int64_t k = begin, at = n; k < end; k += kLanes, at += kLanes) {
       std::memcpy(x + at, from.x + k, kLanes * sizeof(T));
       std::memcpy(y + at, from.y + k, kLanes * sizeof(T));
@@ -59,7 +61,7 @@ class Columns {
   }
 
   /// Fills the lanes after the last candidate with points that are nobody's neighbour.
-  void pad() {
+  MOEYARD_INLINE void pad() {
     for (int64_t k = n; k < n + kLanes; ++k) x[k] = y[k] = z[k] = std::numeric_limits<T>::infinity(), id[k] = -1;
   }
 
@@ -68,5 +70,28 @@ class Columns {
   Buffer<T> xyz_;
   Buffer<int32_t> ids_;
 };
+
+/// Points [begin, end) of columns.
+struct Range {
+  int64_t begin, end;
+};
+
+/// Makes `block` the points of some ranges, padded.
+template <class T>
+struct Pack {
+  template <Simd>
+  static MOEYARD_INLINE void run(const Columns<T>& from, const Range* ranges, int count, Columns<T>* block) {
+    for (int k = 0; k < count; ++k) block->append(from, ranges[k].begin, ranges[k].end);
+    block->pad();
+  }
+};
+template <class T>
+void pack(const Columns<T>& from, const Range* ranges, int count, Columns<T>& block) {
+  int64_t size = 0;
+  for (int k = 0; k < count; ++k) size += ranges[k].end - ranges[k].begin;
+  block.n = 0;
+  block.reserve(size);
+  run_on_level<Pack<T>>(from, ranges, count, &block);
+}
 
 }  // namespace moeyard::cpu

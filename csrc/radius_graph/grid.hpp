@@ -10,7 +10,6 @@
 #include <vector>
 
 #include "common/parallel.hpp"
-#include "common/simd.hpp"
 #include "radius_graph/candidates.hpp"
 #include "radius_graph/geometry.hpp"
 
@@ -124,13 +123,14 @@ class Grid {
   void collect(const Bins<T>& bins, int64_t cell, Columns<T>& block) const {
     const int64_t x = cell % size_[0], y = cell / size_[0] % size_[1], z = cell / size_[0] / size_[1];
     const int64_t x_low = std::max<int64_t>(x - 1, 0), x_high = std::min(x + 1, size_[0] - 1);
-    block.n = 0;
+    Range rows[9];
+    int count = 0;
     for (int64_t v = std::max<int64_t>(z - 1, 0); v <= std::min(z + 1, size_[2] - 1); ++v)
       for (int64_t u = std::max<int64_t>(y - 1, 0); u <= std::min(y + 1, size_[1] - 1); ++u) {
         const int64_t row = (v * size_[1] + u) * size_[0];
-        block.append(bins.points, bins.begin(row + x_low), bins.end(row + x_high));
+        rows[count++] = {bins.begin(row + x_low), bins.end(row + x_high)};
       }
-    block.pad();
+    pack(bins.points, rows, count, block);
   }
 
  private:

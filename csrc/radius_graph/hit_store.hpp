@@ -12,8 +12,8 @@ namespace moeyard::cpu {
 
 class HitStore {
  public:
-  /// Readers may look this many ints past the last record of a centre.
-  static constexpr int64_t kMargin = 16;
+  /// What lies this many ints past the last record may be read, and written until the next one is added.
+  static constexpr int64_t kMargin = 32;
 
   HitStore(int64_t centres, int stride) : stride_(stride), rows_(centres) {}
 

@@ -96,6 +96,7 @@ class KdTree {
     const Node& n = nodes_[size_t(at)];
     if (!(gap2(n.box, box) < r2)) return true;
     if (n.left >= 0) return gather(n.left, box, r2, limit, block) && gather(n.right, box, r2, limit, block);
+    if (block.n + kLeaf > block.room()) block.reserve(2 * block.n + 64);
     block.append(points_, n.begin, n.end);
     return block.n <= limit;
   }

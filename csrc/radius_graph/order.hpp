@@ -7,11 +7,17 @@
 
 namespace moeyard::cpu {
 
-/// `ids` may be read this far past their end.
-constexpr int64_t kOrderMargin = 16;
+/// `ids` can be read and `out` is overwritten up to this far past the end.
+constexpr int64_t kOrderMargin = 32;
 
-/// Writes ids[0..n) plus `base` to `out`, ascending. All ids are different.
-using Order = void (*)(const int32_t* ids, int64_t n, int32_t base, int32_t* out);
+/// Writes ids[0..n) plus `base` to `out`, ascending. Overwrites `ids`; `out` may be the
+/// same.
+using Order = void (*)(int32_t* ids, int64_t n, int32_t base, int32_t* out);
+
+/// The same for ids that are in order already.
+inline void copy_ids(int32_t* ids, int64_t n, int32_t base, int32_t* out) {
+  for (int64_t k = 0; k < n; ++k) out[k] = ids[k] + base;
+}
 
 Order pick_order(Simd level);
 
