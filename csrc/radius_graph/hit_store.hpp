@@ -46,7 +46,7 @@ class HitStore {
     int64_t left = 0;
   };
 
-  // Blocks grow with what was asked for, so that small searches stay small; large ones come in huge pages.
+  // Every room reaches to the end of its block, so that its margin is nobody else's. Blocks grow with what was asked for, so that small searches stay small; large ones come in huge pages.
   Room room(int64_t ints) {
     std::lock_guard<std::mutex> lock(mutex_);
     for (size_t k = spare_.size(); k-- > 0;) {
@@ -62,7 +62,7 @@ class HitStore {
   }
   void give_back(const Room& room) {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (room.left) spare_.push_back(room);
+    if (room.left > 0) spare_.push_back(room);
   }
 
   int stride_;
@@ -80,17 +80,19 @@ class HitWriter {
   HitWriter(const HitWriter&) = delete;
   ~HitWriter() { store_.give_back(room_); }
 
-  /// Room for the records of centre i, to be filled by the caller. Every centre belongs to one writer.
-  int32_t* add(int64_t i, int64_t records) {
+  /// Room for so many records, and kMargin ints past them. Asking again before keep() gives the same room.
+  int32_t* room(int64_t records) {
     const int64_t ints = records * store_.stride_;
-    if (ints > room_.left) {
+    if (ints > room_.left || !room_.at) {
       store_.give_back(room_);
       room_ = store_.room(ints);
     }
-    int32_t* begin = room_.at;
-    room_.at += ints, room_.left -= ints;
-    store_.rows_[i] = {begin, records};
-    return begin;
+    return room_.at;
+  }
+  /// Makes the first records there those of centre i. Every centre belongs to one writer.
+  void keep(int64_t i, int64_t records) {
+    store_.rows_[i] = {room_.at, records};
+    room_.at += records * store_.stride_, room_.left -= records * store_.stride_;
   }
 
  private:

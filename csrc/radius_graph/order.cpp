@@ -71,7 +71,6 @@ struct Network {
 
 template <int Lanes>
 MOEYARD_INLINE void order(int32_t* ids, int64_t n, int32_t base, int32_t* out) {
-  if (n == 0) return;
   if (n <= 16)
     Network<Lanes, 16 / Lanes>::run(ids, int32_t(n), base, out);
   else if (n <= 32)

@@ -14,11 +14,6 @@ constexpr int64_t kOrderMargin = 32;
 /// same.
 using Order = void (*)(int32_t* ids, int64_t n, int32_t base, int32_t* out);
 
-/// The same for ids that are in order already.
-inline void copy_ids(int32_t* ids, int64_t n, int32_t base, int32_t* out) {
-  for (int64_t k = 0; k < n; ++k) out[k] = ids[k] + base;
-}
-
 Order pick_order(Simd level);
 
 }  // namespace moeyard::cpu

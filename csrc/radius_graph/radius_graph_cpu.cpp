@@ -74,8 +74,9 @@ std::unique_ptr<HitStore> symmetrize(const HitStore& chosen, int threads) {
       for_each(i, [&](const Hit& hit) { hits.push_back(hit); });
       std::sort(hits.begin(), hits.end());
       hits.erase(std::unique(hits.begin(), hits.end()), hits.end());
-      int32_t* out = writer.add(i, int64_t(hits.size()));
+      int32_t* out = writer.room(int64_t(hits.size()));
       for (const Hit& hit : hits) out = std::copy(hit.begin(), hit.end(), out);
+      writer.keep(i, int64_t(hits.size()));
     }
   });
   return both;

@@ -83,12 +83,21 @@ class GraphSearch {
   }
 
   void by_brute_force(Worker<T>& worker) {
+    // Candidates in order of their indices give hits in order: where nothing is to be selected, they are final.
+    const bool final = !cell_ && !call_.options.half && call_.options.max_neighbors < 1;
+    const int64_t base = final ? graph_.begin : 0;
     worker.block.n = 0;
     worker.block.reserve(points_.n);
     worker.block.n = points_.n;
-    for (int64_t j = 0; j < points_.n; ++j) worker.block.set(j, points_.xyz + 3 * j, j);
+    for (int64_t j = 0; j < points_.n; ++j) worker.block.set(j, points_.xyz + 3 * j, base + j);
     worker.block.pad();
-    scan_all(worker, centres_.n, true, [&](int64_t k) { return Home{k, centres_.xyz + 3 * k}; });
+    if (!final) return scan_all(worker, centres_.n, true, [&](int64_t i) { return Home{i, centres_.xyz + 3 * i}; });
+    const bool skip_self = self(0) >= 0;
+    for (int64_t i = 0; i < centres_.n; ++i) {
+      int32_t* out = worker.writer.room(points_.n);
+      const int32_t me = skip_self ? int32_t(base + i) : -1;
+      worker.writer.keep(graph_.centre_begin + i, call_.scan(worker.block, centres_.xyz + 3 * i, reach2_, me, out));
+    }
   }
 
   void by_grid(const Grid<T>& grid, int threads) {
@@ -198,8 +207,8 @@ class GraphSearch {
       call_.truncated.fetch_add(1, std::memory_order_relaxed);
     }
     if (!cell_ && !call_.options.half) {
-      int32_t* out = worker.writer.add(graph_.centre_begin + i, n);
-      return (sorted ? copy_ids : call_.order)(ids, n, int32_t(graph_.begin), out);
+      call_.order(ids, n, int32_t(graph_.begin), worker.writer.room(n));
+      return worker.writer.keep(graph_.centre_begin + i, n);
     }
     if (!sorted) call_.order(ids, n, 0, ids);
     const int32_t* first = ids;
@@ -244,7 +253,7 @@ class GraphSearch {
   }
 
   void commit(Worker<T>& worker, int64_t i, const int32_t* ids, int64_t n) {
-    int32_t* out = worker.writer.add(graph_.centre_begin + i, n);
+    int32_t* out = worker.writer.room(n);
     for (int64_t k = 0; k < n; ++k) {
       const int32_t id = ids[k];
       *out++ = int32_t(neighbour(id));
@@ -252,6 +261,7 @@ class GraphSearch {
       const Shift s = shift(i, id);
       out = std::copy(s.n, s.n + 3, out);
     }
+    worker.writer.keep(graph_.centre_begin + i, n);
   }
 
   // ---- the nearest of each centre --------------------------------------------------------------------------------
