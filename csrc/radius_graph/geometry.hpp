@@ -41,6 +41,11 @@ struct View {
   int64_t n;
 };
 
+template <class T>
+struct Box {
+  T low[3], high[3];
+};
+
 /// Vectors from centres to points by their global indices.
 template <class T>
 struct Pairs {

@@ -12,14 +12,10 @@
 #include <utility>
 #include <vector>
 
-#include "radius_graph/scan.hpp"
+#include "radius_graph/candidates.hpp"
+#include "radius_graph/geometry.hpp"
 
 namespace moeyard::cpu {
-
-template <class T>
-struct Box {
-  T low[3], high[3];
-};
 
 template <class T>
 T gap2(const Box<T>& a, const Box<T>& b) {
@@ -46,7 +42,7 @@ class KdTree {
     std::iota(order.begin(), order.end(), 0);
     nodes_.reserve(size_t(points.n / kLeaf * 4 + 1));
     if (points.n) build(points, order, 0, int32_t(points.n));
-    points_.resize(points.n);
+    points_ = Columns<T>(points.n);
     for (int64_t k = 0; k < points.n; ++k) points_.set(k, points.xyz + 3 * order[size_t(k)], order[size_t(k)]);
   }
 
@@ -59,7 +55,7 @@ class KdTree {
   bool collect(const Box<T>& box, T r2, int64_t limit, Columns<T>& block) const {
     block.n = 0;
     const bool all = empty() || gather(0, box, r2, limit, block);
-    block.resize(block.n);
+    block.reserve(block.n);
     block.pad();
     return all;
   }
@@ -100,6 +96,7 @@ class KdTree {
     const Node& n = nodes_[size_t(at)];
     if (!(gap2(n.box, box) < r2)) return true;
     if (n.left >= 0) return gather(n.left, box, r2, limit, block) && gather(n.right, box, r2, limit, block);
+    if (block.n + kLeaf > block.room()) block.reserve(2 * block.n + 64);
     block.append(points_, n.begin, n.end);
     return block.n <= limit;
   }
@@ -152,8 +149,8 @@ class NearestQuery {
   void leaf(int32_t begin, int32_t end) {
     const Columns<T>& p = tree_.points();
     for (int32_t k = begin; k < end; ++k) {
-      const int32_t id = p.id[size_t(k)];
-      const Vec3<T> d{p.x[size_t(k)] - at_.low[0], p.y[size_t(k)] - at_.low[1], p.z[size_t(k)] - at_.low[2]};
+      const int32_t id = p.id[k];
+      const Vec3<T> d{p.x[k] - at_.low[0], p.y[k] - at_.low[1], p.z[k] - at_.low[2]};
       if (id == self_ || !useful(squared_norm(d), id)) continue;
       const Ranked<T> found{exact_(id), id};
       if (!useful(found)) continue;

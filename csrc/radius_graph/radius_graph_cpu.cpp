@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "radius_graph/emit.hpp"
 #include "radius_graph/search_graph.hpp"
 
 namespace moeyard::cpu {
@@ -47,7 +48,7 @@ std::unique_ptr<HitStore> symmetrize(const HitStore& chosen, int threads) {
   using Hit = std::array<int32_t, Stride>;
   const int64_t n = chosen.centres();
   const auto for_each = [&](int64_t i, auto&& f) {
-    for (const int32_t *at = chosen.hits(i), *end = at + int64_t(chosen.count(i)) * Stride; at != end; at += Stride) {
+    for (const int32_t *at = chosen.hits(i), *end = at + chosen.count(i) * Stride; at != end; at += Stride) {
       Hit hit;
       std::copy(at, at + Stride, hit.begin());
       f(hit);
@@ -73,8 +74,9 @@ std::unique_ptr<HitStore> symmetrize(const HitStore& chosen, int threads) {
       for_each(i, [&](const Hit& hit) { hits.push_back(hit); });
       std::sort(hits.begin(), hits.end());
       hits.erase(std::unique(hits.begin(), hits.end()), hits.end());
-      int32_t* out = writer.add(i, int64_t(hits.size()));
+      int32_t* out = writer.room(int64_t(hits.size()));
       for (const Hit& hit : hits) out = std::copy(hit.begin(), hit.end(), out);
+      writer.keep(i, int64_t(hits.size()));
     }
   });
   return both;
@@ -103,60 +105,18 @@ RadiusHits search(const PointSet& points, const PointSet& centres, const Periodi
 
   RadiusHits hits;
   hits.store = std::make_unique<HitStore>(homes.count, periodic.cell ? 4 : 1);
+  if (!same) hits.store->clear();
   std::atomic<int64_t> truncated{0};
   const Pairs<T> pairs{static_cast<const T*>(points.xyz), static_cast<const T*>(homes.xyz), same};
-  const SearchCall<T> call{pairs, r2, options, periodic, pick_scan<T>(simd_level()), *hits.store, truncated};
+  const SearchCall<T> call{pairs, r2, options, periodic, pick_scan<T>(simd_level()), pick_order(simd_level()), *hits.store, truncated};
   search_graphs(call, graphs, threads);
-  if (options.symmetric && options.max_neighbors > 0)
-    hits.store = periodic.cell ? symmetrize<4>(*hits.store, threads) : symmetrize<1>(*hits.store, threads);
   hits.num_edges = hits.store->finish();
+  if (options.symmetric && options.max_neighbors > 0) {
+    hits.store = periodic.cell ? symmetrize<4>(*hits.store, threads) : symmetrize<1>(*hits.store, threads);
+    hits.num_edges = hits.store->finish();
+  }
   hits.truncated = truncated;
   return hits;
-}
-
-// ---- fill -----------------------------------------------------------------------------------------------------
-
-template <class T>
-void fill_centre(const HitStore& store, int64_t i, const Pairs<T>& pairs, const T* cell, const RadiusOutputs& out) {
-  T *distance = static_cast<T*>(out.distance), *vector = static_cast<T*>(out.vector);
-  const int32_t* hit = store.hits(i);
-  const int64_t end = std::min(store.offset(i + 1), out.capacity);
-  for (int64_t e = store.offset(i); e < end; ++e, hit += store.stride()) {
-    out.centre[e] = i;
-    out.neighbour[e] = hit[0];
-    Shift s{{0, 0, 0}};
-    if (cell) {
-      std::copy(hit + 1, hit + 4, s.n);
-      std::copy(hit + 1, hit + 4, out.cell_shift + 3 * e);
-    }
-    if (!distance) continue;
-    const Vec3<T> d = cell ? pairs(i, hit[0], s, cell) : pairs(i, hit[0]);
-    distance[e] = std::sqrt(squared_norm(d));
-    vector[3 * e] = d.x, vector[3 * e + 1] = d.y, vector[3 * e + 2] = d.z;
-  }
-}
-
-template <class T>
-void fill(const HitStore& store, const PointSet& points, const PointSet& centres, const Periodicity& periodic,
-          const RadiusOutputs& out, int threads) {
-  const bool same = centres.xyz == nullptr;
-  const PointSet& homes = same ? points : centres;
-  const Pairs<T> pairs{static_cast<const T*>(points.xyz), static_cast<const T*>(homes.xyz), same};
-  parallel_for(homes.count, kFillGrain, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      out.num_neighbors[i] = store.count(i);
-      const T* cell = static_cast<const T*>(periodic.cell);
-      if (cell && periodic.num_cells >= 0 && store.count(i)) cell += 9 * graph_of(homes, i);
-      fill_centre(store, i, pairs, cell, out);
-    }
-  });
-  for (int64_t e = store.offset(homes.count); e < out.capacity; ++e) {
-    out.centre[e] = out.neighbour[e] = 0;
-    if (out.cell_shift) std::fill_n(out.cell_shift + 3 * e, 3, 0);
-    if (!out.distance) continue;
-    static_cast<T*>(out.distance)[e] = T(out.padding);
-    std::fill_n(static_cast<T*>(out.vector) + 3 * e, 3, T(0));
-  }
 }
 
 }  // namespace
@@ -169,8 +129,8 @@ RadiusHits radius_graph_search(DType dtype, const PointSet& points, const PointS
 
 void radius_graph_fill(const RadiusHits& hits, DType dtype, const PointSet& points, const PointSet& centres,
                        const Periodicity& periodic, const RadiusOutputs& out, int threads) {
-  dtype == DType::f64 ? fill<double>(*hits.store, points, centres, periodic, out, threads)
-                      : fill<float>(*hits.store, points, centres, periodic, out, threads);
+  dtype == DType::f64 ? emit<double>(*hits.store, points, centres, periodic, out, threads)
+                      : emit<float>(*hits.store, points, centres, periodic, out, threads);
 }
 
 }  // namespace moeyard::cpu

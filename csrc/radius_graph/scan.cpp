@@ -1,5 +1,7 @@
 #include "radius_graph/scan.hpp"
 
+#include "radius_graph/geometry.hpp"
+
 #ifdef MOEYARD_X86
 #include <immintrin.h>
 
@@ -12,8 +14,8 @@ namespace {
 
 template <class T>
 int64_t scan_baseline(const Columns<T>& block, const T* centre, T r2, int32_t self, int32_t* hits) {
-  const T *px = block.x.data(), *py = block.y.data(), *pz = block.z.data();
-  const int32_t* id = block.id.data();
+  const T *px = block.x, *py = block.y, *pz = block.z;
+  const int32_t* id = block.id;
   int64_t found = 0;
   for (int64_t k = 0; k < block.n; ++k) {
     const Vec3<T> d{px[k] - centre[0], py[k] - centre[1], pz[k] - centre[2]};

@@ -15,6 +15,7 @@
 #include "radius_graph/hit_store.hpp"
 #include "radius_graph/kd_tree.hpp"
 #include "radius_graph/lattice.hpp"
+#include "radius_graph/order.hpp"
 #include "radius_graph/scan.hpp"
 
 namespace moeyard::cpu {
@@ -27,6 +28,7 @@ struct SearchCall {
   RadiusOptions options;
   Periodicity periodic;
   Scan<T> scan;
+  Order order;
   HitStore& store;
   std::atomic<int64_t>& truncated;
 };
@@ -36,6 +38,7 @@ template <class T>
 struct Worker {
   explicit Worker(HitStore& store) : writer(store) {}
   Columns<T> block;
+  Buffer<int32_t> hits;
   std::vector<int32_t> ids;
   std::vector<Ranked<T>> ranked;
   HitWriter writer;
@@ -66,7 +69,7 @@ class GraphSearch {
   static constexpr double kBruteForcePairs = 96 * 96;
   // A leaf with a wide box (an outlier among its points) proposes too much: then each centre asks for itself.
   static constexpr int64_t kMaxLeafBlock = 4096;
-  static constexpr int64_t kPieces = 256;
+  static constexpr int64_t kPieces = 256, kPiecePoints = 512;
 
   bool same() const { return call_.pairs.same; }
 
@@ -75,29 +78,44 @@ class GraphSearch {
   void within(Worker<T>& worker, double radius, T r2, int threads) {
     reach2_ = r2;
     if (double(points_.n) * double(centres_.n) <= kBruteForcePairs) return by_brute_force(worker);
-    if (const auto grid = Grid<T>::fit(points_, radius)) return by_grid(*grid, threads);
+    if (const auto grid = Grid<T>::fit(points_, radius, threads)) return by_grid(*grid, threads);
     by_tree(threads);
   }
 
   void by_brute_force(Worker<T>& worker) {
-    worker.block.resize(points_.n);
-    for (int64_t j = 0; j < points_.n; ++j) worker.block.set(j, points_.xyz + 3 * j, j);
+    // Candidates in order of their indices give hits in order: where nothing is to be selected, they are final.
+    const bool final = !cell_ && !call_.options.half && call_.options.max_neighbors < 1;
+    const int64_t base = final ? graph_.begin : 0;
+    worker.block.n = 0;
+    worker.block.reserve(points_.n);
+    worker.block.n = points_.n;
+    for (int64_t j = 0; j < points_.n; ++j) worker.block.set(j, points_.xyz + 3 * j, base + j);
     worker.block.pad();
-    for (int64_t i = 0; i < centres_.n; ++i) scan(worker, i);
+    if (!final) return scan_all(worker, centres_.n, true, [&](int64_t i) { return Home{i, centres_.xyz + 3 * i}; });
+    const bool skip_self = self(0) >= 0;
+    for (int64_t i = 0; i < centres_.n; ++i) {
+      int32_t* out = worker.writer.room(points_.n);
+      const int32_t me = skip_self ? int32_t(base + i) : -1;
+      worker.writer.keep(graph_.centre_begin + i, call_.scan(worker.block, centres_.xyz + 3 * i, reach2_, me, out));
+    }
   }
 
   void by_grid(const Grid<T>& grid, int threads) {
-    const Bins<T> bins = grid.bin(points_);
-    const Bins<T> others = own_structure() ? Bins<T>{} : grid.bin(centres_);
+    const Bins<T> bins = grid.bin(points_, threads);
+    const Bins<T> others = own_structure() ? Bins<T>{} : grid.bin(centres_, threads);
     const Bins<T>& homes = own_structure() ? bins : others;
-    if (crowded(bins)) return nearest_within(KdTree<T>(points_), threads);
-    parallel_for(grid.cells(), grid.cells() / kPieces, threads, [&](int64_t begin, int64_t end) {
+    if (crowded(grid, bins)) return nearest_within(KdTree<T>(points_), threads);
+    const int64_t piece = std::max(centres_.n / kPieces, kPiecePoints);
+    parallel_for(grid.cells(), grid.cells() * piece / centres_.n + 1, threads, [&](int64_t begin, int64_t end) {
       Worker<T> worker(call_.store);
       for (int64_t cell = begin; cell < end; ++cell) {
-        const int32_t first = homes.start[size_t(cell)], last = homes.start[size_t(cell + 1)];
+        const int32_t first = homes.begin(cell), last = homes.end(cell);
         if (first == last) continue;
         grid.collect(bins, cell, worker.block);
-        for (int32_t k = first; k < last; ++k) scan(worker, homes.points.id[size_t(k)]);
+        scan_all(worker, last - first, false, [&](int64_t k) {
+          const int64_t i = homes.points.id[first + k];
+          return Home{i, centres_.xyz + 3 * i};
+        });
       }
     });
   }
@@ -108,26 +126,33 @@ class GraphSearch {
     const KdTree<T> others(own_structure() ? View<T>{nullptr, 0} : centres_);
     const KdTree<T>& homes = own_structure() ? tree : others;
     const auto leaves = int64_t(homes.leaves().size());
-    parallel_for(leaves, leaves / kPieces, threads, [&](int64_t begin, int64_t end) {
+    parallel_for(leaves, std::max(leaves / kPieces, kPiecePoints / 16), threads, [&](int64_t begin, int64_t end) {
       Worker<T> worker(call_.store);
       for (int64_t l = begin; l < end; ++l) {
         const auto& leaf = homes.node(homes.leaves()[size_t(l)]);
         const bool together = tree.collect(leaf.box, reach2_, kMaxLeafBlock, worker.block);
-        for (int32_t k = leaf.begin; k < leaf.end; ++k) {
-          const int32_t i = homes.points().id[size_t(k)];
-          if (!together) tree.collect(box_of(centres_.xyz + 3 * int64_t(i)), reach2_, points_.n, worker.block);
-          scan(worker, i);
+        const auto home = [&](int64_t k) {
+          const int64_t i = homes.points().id[leaf.begin + k];
+          return Home{i, centres_.xyz + 3 * i};
+        };
+        if (together) {
+          scan_all(worker, leaf.end - leaf.begin, false, home);
+          continue;
+        }
+        for (int64_t k = 0; k < leaf.end - leaf.begin; ++k) {
+          tree.collect(box_of(home(k).xyz), reach2_, points_.n, worker.block);
+          scan_all(worker, 1, false, [&](int64_t) { return home(k); });
         }
       }
     });
   }
 
   // Whether a centre meets so many more points than it may keep that finding the nearest in a tree costs less.
-  bool crowded(const Bins<T>& bins) const {
+  bool crowded(const Grid<T>& grid, const Bins<T>& bins) const {
     if (call_.options.max_neighbors < 1) return false;
     double squares = 0;
-    for (size_t cell = 0; cell + 1 < bins.start.size(); ++cell) {
-      const double count = bins.start[cell + 1] - bins.start[cell];
+    for (int64_t cell = 0; cell < grid.cells(); ++cell) {
+      const double count = bins.end(cell) - bins.begin(cell);
       squares += count * count;
     }
     return squares > (8.0 * double(call_.options.max_neighbors) + 64) * double(bins.points.n);
@@ -135,31 +160,67 @@ class GraphSearch {
 
   bool own_structure() const { return same() && !wrapped_; }
 
-  // ---- one centre against its candidates -------------------------------------------------------------------------
+  // ---- centres against their candidates --------------------------------------------------------------------------
 
-  void scan(Worker<T>& worker, int64_t i) {
-    auto& ids = worker.ids;
-    ids.resize(size_t(worker.block.n + kLanes));
-    int64_t found = call_.scan(worker.block, centres_.xyz + 3 * i, reach2_, self(i), ids.data());
-    const auto keep = [&](auto&& wanted) { found = std::remove_if(&ids[0], &ids[0] + found, wanted) - &ids[0]; };
-    if (wrapped_) keep([&](int32_t id) { return !(exact(i, id) < call_.r2); });
-    if (call_.options.half) keep([&](int32_t id) { return !first_of_pair(i, id); });
-    const int64_t cap = call_.options.max_neighbors;
-    if (cap > 0 && found > cap) {
-      keep_nearest(worker, i, found, cap);
-      found = cap;
-      call_.truncated.fetch_add(1, std::memory_order_relaxed);
+  struct Home {
+    int64_t i;
+    const T* xyz;
+  };
+
+  // Compares `count` centres with the block. A few centres at a time are scanned first and then settled, because a
+  // list that was just written in pieces cannot be read in whole vectors yet without waiting for the store buffer.
+  template <class HomeAt>
+  void scan_all(Worker<T>& worker, int64_t count, bool sorted, HomeAt&& home_at) {
+    constexpr int64_t kTogether = 8;
+    const int64_t room = worker.block.n + kLanes + kOrderMargin;
+    if (worker.hits.size() < (kTogether + 1) * room) worker.hits = Buffer<int32_t>(2 * (kTogether + 1) * room);
+    for (int64_t begin = 0; begin < count; begin += kTogether) {
+      struct Found {
+        int64_t i, count;
+        int32_t* ids;
+      } found[kTogether];
+      const int64_t homes = std::min(kTogether, count - begin);
+      int32_t* at = worker.hits.data();
+      for (int64_t h = 0; h < homes; ++h) {
+        const Home home = home_at(begin + h);
+        int64_t n = call_.scan(worker.block, home.xyz, reach2_, self(home.i), at);
+        if (wrapped_) n = keep_exact(worker, home, at, n);
+        found[h] = {home.i, n, at};
+        at += n + kOrderMargin;
+      }
+      for (int64_t h = 0; h < homes; ++h) settle(worker, found[h].i, found[h].ids, found[h].count, sorted);
     }
-    std::sort(&ids[0], &ids[0] + found);
-    commit(worker, i, found);
   }
 
-  void keep_nearest(Worker<T>& worker, int64_t i, int64_t found, int64_t cap) {
+  // Image coordinates are rounded: the exact test decides, but only where a slightly smaller radius finds less.
+  int64_t keep_exact(Worker<T>& worker, const Home& home, int32_t* ids, int64_t n) {
+    if (call_.scan(worker.block, home.xyz, sure2_, self(home.i), ids + n + kOrderMargin) == n) return n;
+    return std::remove_if(ids, ids + n, [&](int32_t id) { return !(exact(home.i, id) < call_.r2); }) - ids;
+  }
+
+  // What centre i keeps of its hits, in order.
+  void settle(Worker<T>& worker, int64_t i, int32_t* ids, int64_t n, bool sorted) {
+    const int64_t cap = call_.options.max_neighbors;
+    if (cap > 0 && n > cap) {
+      keep_nearest(worker, i, ids, n, cap);
+      n = cap, sorted = false;
+      call_.truncated.fetch_add(1, std::memory_order_relaxed);
+    }
+    if (!cell_ && !call_.options.half) {
+      call_.order(ids, n, int32_t(graph_.begin), worker.writer.room(n));
+      return worker.writer.keep(graph_.centre_begin + i, n);
+    }
+    if (!sorted) call_.order(ids, n, 0, ids);
+    const int32_t* first = ids;
+    if (call_.options.half) first = std::partition_point(ids, ids + n, [&](int32_t id) { return !first_of_pair(i, id); });
+    commit(worker, i, first, ids + n - first);
+  }
+
+  void keep_nearest(Worker<T>& worker, int64_t i, int32_t* ids, int64_t n, int64_t cap) {
     worker.ranked.clear();
-    for (int64_t k = 0; k < found; ++k)
-      worker.ranked.emplace_back(exact(i, worker.ids[size_t(k)]), worker.ids[size_t(k)]);
+    for (int64_t k = 0; k < n; ++k) worker.ranked.emplace_back(exact(i, ids[k]), ids[k]);
     std::nth_element(worker.ranked.begin(), worker.ranked.begin() + cap, worker.ranked.end());
-    for (int64_t k = 0; k < cap; ++k) worker.ids[size_t(k)] = worker.ranked[size_t(k)].second;
+    for (int64_t k = 0; k < cap; ++k) ids[k] = worker.ranked[size_t(k)].second;
   }
 
   // Ids count the graph's points, or its images; images are sorted by (point, n), so ids sort like (neighbour, shift).
@@ -191,15 +252,16 @@ class GraphSearch {
     return wrapped_ ? self_image_[size_t(i)] : int32_t(i);
   }
 
-  void commit(Worker<T>& worker, int64_t i, int64_t found) {
-    int32_t* out = worker.writer.add(graph_.centre_begin + i, found);
-    for (int64_t k = 0; k < found; ++k) {
-      const int32_t id = worker.ids[size_t(k)];
+  void commit(Worker<T>& worker, int64_t i, const int32_t* ids, int64_t n) {
+    int32_t* out = worker.writer.room(n);
+    for (int64_t k = 0; k < n; ++k) {
+      const int32_t id = ids[k];
       *out++ = int32_t(neighbour(id));
       if (!cell_) continue;
       const Shift s = shift(i, id);
       out = std::copy(s.n, s.n + 3, out);
     }
+    worker.writer.keep(graph_.centre_begin + i, n);
   }
 
   // ---- the nearest of each centre --------------------------------------------------------------------------------
@@ -231,7 +293,7 @@ class GraphSearch {
     worker.ids.clear();
     for (const auto& found : worker.ranked) worker.ids.push_back(found.second);
     std::sort(worker.ids.begin(), worker.ids.end());
-    commit(worker, i, int64_t(worker.ids.size()));
+    commit(worker, i, worker.ids.data(), int64_t(worker.ids.size()));
   }
 
   // A cap on crowded neighbourhoods: asking for one more than the cap tells whether there are more.
@@ -300,6 +362,8 @@ class GraphSearch {
     const double radius = std::sqrt(double(call_.r2));
     use_images(radius);
     const double reach = radius * (1 + 1e-5) + images_.slack;
+    const double sure = std::max(radius * (1 - 1e-5) - images_.slack, 0.0);
+    sure2_ = T(sure * sure);
     within(worker, reach, T(reach * reach), threads);
   }
 
@@ -321,7 +385,7 @@ class GraphSearch {
   Lattice lattice_{};
   const T* cell_ = nullptr;
   View<T> points_{}, centres_{};
-  T reach2_{};
+  T reach2_{}, sure2_{};  // squared distances of image coordinates: no edge beyond, nothing but edges below
   bool wrapped_ = false;
   Wrapped home_points_, home_centres_;
   std::vector<T> centre_xyz_;
