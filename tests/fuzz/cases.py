@@ -107,7 +107,7 @@ def _plan(h: Hostile) -> moeyard.PermutationPlan:
     maps = {name: h.laid_out(getattr(plan, name)) for name in ("row_of_slot", "slot_of_row")}
     if h.rarely(4):
         name = h.pick(*maps)
-        x = maps[name].clone()
+        x = maps[name].clone(memory_format=torch.contiguous_format)
         if x.numel():
             x.view(-1)[h.number(0, x.numel() - 1)] = h.pick(-1, -2, 0, 1, x.numel(), 2**31 - 1, -(2**31))
         maps[name] = h.laid_out(x)
@@ -156,19 +156,21 @@ def _moved_backward(h: Hostile, permuting: bool) -> Arguments:
 # ---- edges ----------------------------------------------------------------------------------------------------------
 
 
-def _coordinates(h: Hostile, n: int, dtype: torch.dtype, length: float) -> Tensor:
-    if h.rarely(6):
+def _coordinates(h: Hostile, n: int, dtype: torch.dtype, *, periodic: bool) -> Tensor:
+    """Periodic ones stay where the rounding of the coordinates is small beside the cell: beyond, the number of images
+    that can matter fills the memory."""
+    if h.rarely(6) and not periodic:
         return h.floats([n, 3], dtype)
     kind = h.pick("cloud", "lattice", "line", "far away", "clusters")
-    x = h.uniform(n, 3) * length
+    x = h.uniform(n, 3) * 6
     if kind == "lattice":
         x = x.round()
     elif kind == "line":
         x[:, 1:] = 0.25
     elif kind == "far away":
-        x = x + h.pick(1e3, 1e6, 1e15)
+        x = x + (h.pick(1e3, 1e5) if periodic else h.pick(1e3, 1e6, 1e15))
     elif kind == "clusters" and n:
-        x[: n // 2] += h.pick(1e2, 1e8, 1e18)
+        x[: n // 2] += h.pick(1e2, 1e4) if periodic else h.pick(1e2, 1e8, 1e18)
     return h.laid_out(x.to(dtype))
 
 
@@ -210,7 +212,7 @@ def radius_graph(h: Hostile) -> Arguments:
     dtype, box_dtype = h.pick(torch.float32, torch.float64), h.pick(torch.float32, torch.float64)
     box = _box(h, dtype if not h.rarely(20) else box_dtype)
     n = h.size(12, 24) if box else h.size(30, 500)
-    arguments = {"pos": _coordinates(h, n, dtype, 6.0), "r": _cutoff(h), **_graphs(h, n), **box}
+    arguments = {"pos": _coordinates(h, n, dtype, periodic=bool(box)), "r": _cutoff(h), **_graphs(h, n), **box}
     if h.rarely(3):
         arguments["max_num_neighbors"] = h.pick(4, 1, 64, 2**62)
         arguments["symmetric"] = h.pick(False, True)
@@ -231,7 +233,11 @@ def radius(h: Hostile) -> Arguments:
     dtype = h.pick(torch.float32, torch.float64)
     box = _box(h, dtype)
     n, m = (h.size(12, 20), h.size(12, 20)) if box else (h.size(30, 300), h.size(30, 300))
-    sets = {"x": _coordinates(h, n, dtype, 6.0), "y": _coordinates(h, m, dtype, 6.0), "r": _cutoff(h)}
+    sets = {
+        "x": _coordinates(h, n, dtype, periodic=bool(box)),
+        "y": _coordinates(h, m, dtype, periodic=bool(box)),
+        "r": _cutoff(h),
+    }
     limit = {"max_num_neighbors": h.pick(4, 1, 64, 2**62)} if h.rarely(3) else {}
     return sets | _graphs(h, n, "_x") | _graphs(h, m, "_y") | box | limit | _outputs(h)
 
@@ -240,7 +246,10 @@ def knn_graph(h: Hostile) -> Arguments:
     dtype = h.pick(torch.float32, torch.float64)
     box = _box(h, dtype)
     n = h.size(10, 16) if box else h.size(30, 400)
-    arguments = {"pos": _coordinates(h, n, dtype, 6.0), "k": h.number(1, 20) if box else h.pick(3, 1, 2, 8, 20, 1000)}
+    arguments = {
+        "pos": _coordinates(h, n, dtype, periodic=bool(box)),
+        "k": h.number(1, 20) if box else h.pick(3, 1, 2, 8, 20, 1000),
+    }
     return arguments | _graphs(h, n) | box | _options(h)
 
 

@@ -144,7 +144,7 @@ class Hostile:
 
     def _wrong_tensor(self, x: Tensor, types: bool) -> Any:
         kinds = ["dtype", "rank", "rows", "scalar", "columns", "empty"]
-        kind = self.pick(*kinds, "meta", "list", "sparse", "none") if types else self.pick(*kinds)
+        kind = self.pick(*kinds, "list", "sparse", "none") if types else self.pick(*kinds)
         if kind == "dtype":
             return x.detach().to(self.pick(*_WRONG_DTYPES))
         if kind == "rank":
@@ -155,8 +155,6 @@ class Hostile:
             return x.detach()[:, : x.shape[1] // 2]
         if kind == "empty":
             return x.detach().new_zeros(0)
-        if kind == "meta":
-            return x.detach().to("meta")
         if kind == "list":
             return [1, 2]
         if kind == "sparse" and x.dtype in (torch.float32, torch.int64):
