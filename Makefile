@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt README.md \
 	$(shell find csrc python/moeyard -type f -not -name '*.so' -not -name '*.pyc' 2>/dev/null)
+NATIVE_SOURCES = $$(git ls-files 'csrc/*.cpp' 'csrc/*.hpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*.cpp')
 
-.PHONY: demo test test-full lint format bench wheel smoke native clean help
+.PHONY: demo test test-full test-simd sanitize lint format bench wheel smoke native clean help
 
 help:
 	@echo "make demo       train a small MoE structure encoder on embedded molecules (about 2 minutes)"
 	@echo "make test       the test suite (up to 15 minutes)"
 	@echo "make test-full  also the slow kinds"
+	@echo "make test-simd  the op tests on the SIMD levels below this machine's best (make test runs the best)"
+	@echo "make sanitize   op tests and 100,000 hostile calls under AddressSanitizer and UBSan; ThreadSanitizer (Linux, gcc)"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make bench      benchmarks of the ops"
 	@echo "make wheel      a wheel and an sdist in dist/"
@@ -22,7 +25,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/moeyard demo
 
 # torch's OpenMP threads sleep instead of spinning: half as fast alone, ten times faster on a busy machine.
-test test-full: export OMP_WAIT_POLICY ?= PASSIVE
+test test-full test-simd: export OMP_WAIT_POLICY ?= PASSIVE
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest tests -m "not slow"
@@ -30,18 +33,24 @@ test: $(VENV)/test.stamp
 test-full: $(VENV)/test.stamp
 	$(BIN)/python -m pytest tests
 
+test-simd: $(VENV)/test.stamp
+	bash .ci/on-each-simd-level $(BIN)/python --below-best $(BIN)/python -m pytest tests/ops -m "not slow" -n 2
+
+sanitize: $(VENV)/test.stamp
+	bash .ci/sanitize $(abspath $(BIN)/python)
+
 lint: $(VENV)/test.stamp
 	$(PIP) install -c constraints.txt ruff mypy clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.hpp' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE_SOURCES)
 
 format: $(VENV)/test.stamp
 	$(PIP) install -c constraints.txt ruff clang-format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.hpp' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/clang-format -i $(NATIVE_SOURCES)
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python -m pytest benchmarks -o python_files="bench_*.py" -o python_functions="bench_*" --benchmark-only

@@ -1,11 +1,13 @@
 #include "common/parallel.hpp"
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
 #include <system_error>
 #include <thread>
+#include <utility>
 
 #ifdef _WIN32
 #include <process.h>
@@ -24,33 +26,36 @@ long process_id() {
 #endif
 }
 
-// One job at a time: workers and the caller draw task numbers from `next` until none is left.
+// One job at a time: workers and the caller draw task numbers from `next_`, in ascending order, until none is left.
 class Pool {
  public:
   explicit Pool(long pid) : pid(pid) {}
 
+  /// False, with nothing done, while another job runs: that of another thread, or the one that this call is nested in.
   bool try_run(int64_t count, int threads, const std::function<void(int64_t)>& task) {
-    std::unique_lock<std::mutex> use(in_use_, std::try_to_lock);
-    if (!use.owns_lock()) return false;
+    if (busy_.exchange(true, std::memory_order_acquire)) return false;
+    const Release release{busy_};
     const int helpers = int(std::min<int64_t>(threads - 1, count - 1));
     grow(helpers);
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      task_ = &task, count_ = count, next_ = 0, error_ = nullptr;
-      wanted_ = helpers, running_ = 0, ++generation_;
+      task_ = &task, count_ = count, next_ = 0;
+      wanted_ = helpers, ++generation_;
     }
-    wake_.notify_all();
+    wake(helpers);
     draw();
-    std::unique_lock<std::mutex> lock(mutex_);
-    wanted_ = 0;  // a worker that has not joined yet finds nothing left to do
-    done_.wait(lock, [&] { return running_ == 0; });
-    if (error_) std::rethrow_exception(error_);
+    if (std::exception_ptr error = finish()) std::rethrow_exception(error);
     return true;
   }
 
   const long pid;
 
  private:
+  struct Release {
+    std::atomic<bool>& flag;
+    ~Release() { flag.store(false, std::memory_order_release); }
+  };
+
   // A system that refuses another thread costs speed, not the call: the caller draws every task that is left.
   void grow(int workers) {
     try {
@@ -59,16 +64,42 @@ class Pool {
     }
   }
 
+  // No more than are wanted: an earlier call may have asked for many more threads.
+  void wake(int helpers) {
+    if (helpers >= size_) {
+      wake_.notify_all();
+      return;
+    }
+    for (int i = 0; i < helpers; ++i) wake_.notify_one();
+  }
+
+  // Every task below one that threw was drawn before it and runs to its end, so the lowest error is the one that a
+  // single thread would have met.
   void draw() {
     for (int64_t i; (i = next_.fetch_add(1)) < count_;) {
       try {
         (*task_)(i);
       } catch (...) {
         std::lock_guard<std::mutex> lock(mutex_);
-        if (!error_) error_ = std::current_exception();
+        if (!error_ || i < error_task_) error_ = std::current_exception(), error_task_ = i;
         next_ = count_;
       }
     }
+  }
+
+  // Sleeping and being woken costs more than most tasks that are still running, so the caller looks on for a moment.
+  std::exception_ptr finish() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    wanted_ = 0;  // a worker that has not joined yet finds nothing left to do
+    if (running_ > 0) {
+      lock.unlock();
+      const auto patience = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
+      while (running_ > 0 && std::chrono::steady_clock::now() < patience) {
+      }
+      lock.lock();
+      done_.wait(lock, [&] { return running_ == 0; });
+    }
+    return std::exchange(error_, nullptr);
   }
 
   void work() {
@@ -84,12 +115,14 @@ class Pool {
     }
   }
 
-  std::mutex in_use_, mutex_;
+  std::atomic<bool> busy_{false};
+  std::mutex mutex_;
   std::condition_variable wake_, done_;
   const std::function<void(int64_t)>* task_ = nullptr;
-  int64_t count_ = 0, generation_ = 0;
+  int64_t count_ = 0, generation_ = 0, error_task_ = 0;
   std::atomic<int64_t> next_{0};
-  int wanted_ = 0, running_ = 0, size_ = 0;
+  std::atomic<int> running_{0};
+  int wanted_ = 0, size_ = 0;
   std::exception_ptr error_;
 };
 
