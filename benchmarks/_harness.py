@@ -45,6 +45,7 @@ DISTRIBUTIONS = (
     "nvalchemi-toolkit-ops", "matscipy", "freud-analysis", "tonari", "megatron-core", "fairchem-core", "axolotl",
     "numba",
 )  # fmt: skip
+ONE_CORE = "not measured: one core only"
 INPUT_SETS = 3
 LEAST_SECONDS = 2e-3  # what one timing should last; shorter calls are repeated
 UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
@@ -243,7 +244,6 @@ class Suite:
         best: str | None = None,
         limit: str | None = None,
         threads: int = 1,
-        per: float | None = None,
         note: str = "",
     ) -> Times:
         """Times `ours` beside its peers on fresh inputs, round by round: B C A, B C A, ...
@@ -257,7 +257,6 @@ class Suite:
                 one row per peer, with the peer's target.
             limit: a target for the time of ours itself, in a row of its own.
             threads: torch's number of threads meanwhile.
-            per: state seconds per so many units as ns (edges, samples) instead of per call.
             note: what the reader must know.
         """
         inputs = [make(fresh_seed()) for _ in range(INPUT_SETS)]
@@ -280,10 +279,10 @@ class Suite:
             ranked = sorted(times, key=lambda name: times[name].median)
             others = [f"{name} {nice_time(times[name].median)}" for name in ranked[1:]]
             notes += ["others: " + ", ".join(others)] if others else []
-            self._row(row, mine, ranked[0] if ranked else None, times, best, notes, None, per)
+            self._row(row, mine, ranked[0] if ranked else None, times, best, notes)
         else:
             for peer in peers:
-                self._row(row, mine, peer.name, times, peer.target, notes, None, per)
+                self._row(row, mine, peer.name, times, peer.target, notes)
         return mine
 
     def record(
@@ -320,10 +319,13 @@ class Suite:
     def difference(
         self, row: str, call: Call, base: Call, base_name: str, inputs: Sequence[Any], target: str, note: str = ""
     ) -> None:
-        """Records what `call` costs more than `base`, in us; both interleaved, one thread."""
+        """Records what `call` costs more than `base`, in us; both interleaved, one thread, many short rounds."""
         with using_threads(1):
-            once = {name: self._time_once(side, inputs[0]) for name, side in (("", call), (base_name, base))}
-            times = self._interleave({"": call, base_name: base}, inputs, once)
+            sides = {"": call, base_name: base}
+            for side in sides.values():
+                side(inputs[0])  # the first call warms up
+            once = {name: self._time_once(side, inputs[0]) for name, side in sides.items()}
+            times = self._interleave(sides, inputs, once, 4 * self.rounds)
         ours, alloc = times[""].median, times[base_name].median
         note = "; ".join(filter(None, [f"whole call {nice_time(ours)} ({times[''].text()})", note]))
         self.record(
@@ -346,9 +348,7 @@ class Suite:
 
     # ---- below: one comparison ---------------------------------------------------------------------------------------
 
-    def _check(
-        self, row: str, inputs: Any, ours: Call, peers: Sequence[Peer]
-    ) -> tuple[dict[str, float], list[str]]:
+    def _check(self, row: str, inputs: Any, ours: Call, peers: Sequence[Peer]) -> tuple[dict[str, float], list[str]]:
         """Compares the outputs, twice for ours: the second run gets the poisoned memory of the first.
 
         Returns the seconds of a warm call for every side that works, and what to say of those that do not.
@@ -380,12 +380,13 @@ class Suite:
 
     @staticmethod
     def _time_once(call: Call, inputs: Any) -> float:
-        call(inputs)
         start = time.perf_counter()
         call(inputs)
         return time.perf_counter() - start
 
-    def _interleave(self, sides: dict[str, Call], inputs: Sequence[Any], once: dict[str, float]) -> dict[str, Times]:
+    def _interleave(
+        self, sides: dict[str, Call], inputs: Sequence[Any], once: dict[str, float], rounds: int | None = None
+    ) -> dict[str, Times]:
         """Rounds of all sides in turn, ours ("") last; in one round every side has another set of inputs."""
         times = {name: Times() for name in sides}
         repeats = {name: max(1, min(10_000, math.ceil(LEAST_SECONDS / max(once[name], 1e-9)))) for name in sides}
@@ -417,7 +418,7 @@ class Suite:
         gc.collect()
         gc.disable()
         try:
-            self.runner(ours, peers, self.rounds)
+            self.runner(ours, peers, rounds or self.rounds)
         finally:
             if collecting:
                 gc.enable()
@@ -431,19 +432,18 @@ class Suite:
         times: dict[str, Times] | None,
         target: str | None,
         notes: list[str],
-        unit: str | None,
-        per: float | None = None,
+        unit: str | None = None,
     ) -> None:
         theirs = times.get(name) if times is not None and name is not None else None
-        scale, ns = (1.0, unit or time_unit(mine.median)) if per is None else (per, "ns")
+        unit = unit or time_unit(mine.median)
         spread = f"{len(mine.rounds)} rounds, {mine.text()}"
         if theirs is not None:
             spread += f"; peer {theirs.text()}"
         self.record(
             row,
-            mine.median / UNITS[ns] / scale,
-            ns,
-            peer=None if theirs is None else theirs.median / UNITS[ns] / scale,
+            mine.median / UNITS[unit],
+            unit,
+            peer=None if theirs is None else theirs.median / UNITS[unit],
             peer_name=name,
             ratio=None if theirs is None else theirs.median / mine.median,
             target=target,

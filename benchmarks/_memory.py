@@ -70,6 +70,7 @@ def _child(file: str, quick: bool) -> None:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules["measured"] = module  # dataclasses look themselves up there
     spec.loader.exec_module(module)
     print(json.dumps({row: _peak(call) for row, call in module.memory_cases(quick).items()}))
 
