@@ -6,14 +6,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt README.md \
 	$(shell find csrc python/moeyard -type f -not -name '*.so' -not -name '*.pyc' 2>/dev/null)
 
-.PHONY: demo test test-full lint format bench wheel smoke native clean help
+.PHONY: demo test test-full lint format bench bench-quick wheel smoke native clean help
 
 help:
 	@echo "make demo       train a small MoE structure encoder on embedded molecules (about 2 minutes)"
 	@echo "make test       the test suite (up to 15 minutes)"
 	@echo "make test-full  also the slow kinds"
 	@echo "make lint       ruff, mypy, clang-format"
-	@echo "make bench      benchmarks of the ops"
+	@echo "make bench      every op beside its peers, into benchmarks/results and the README (about 25 minutes)"
+	@echo "make bench-quick  the same with smaller sizes and fewer rounds (3 minutes), nothing recorded"
 	@echo "make wheel      a wheel and an sdist in dist/"
 	@echo "make smoke      install the wheel into a fresh environment elsewhere and try it there"
 	@echo "make native     build the native modules into the source tree, for development"
@@ -43,8 +44,14 @@ format: $(VENV)/test.stamp
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.hpp' 'csrc/*.cu' 'csrc/*.cuh')
 
-bench: $(VENV)/test.stamp
-	$(BIN)/python -m pytest benchmarks -o python_files="bench_*.py" -o python_functions="bench_*" --benchmark-only
+BENCH := $(BIN)/python -m pytest benchmarks -q -o python_files="bench_*.py" -o python_functions="bench_*" -o timeout=1800
+
+bench: $(VENV)/bench.stamp
+	$(BENCH) --rows benchmarks/results
+	$(BIN)/python benchmarks/report.py
+
+bench-quick: $(VENV)/bench.stamp
+	$(BENCH) --quick --rows build/bench-quick
 
 wheel: $(VENV)/base.stamp $(SOURCES)
 	$(PIP) install -c constraints.txt build
@@ -71,6 +78,12 @@ $(VENV)/demo.stamp: $(VENV)/base.stamp $(SOURCES)
 
 $(VENV)/test.stamp: $(VENV)/base.stamp $(SOURCES)
 	$(PIP) install -c constraints.txt ".[all,test]"
+	touch $@
+
+# Setting up includes building torch_cluster from source: some minutes, once.
+$(VENV)/bench.stamp: $(VENV)/base.stamp $(SOURCES) benchmarks/peers.sh
+	$(PIP) install -c constraints.txt ".[bench]"
+	bash benchmarks/peers.sh $(BIN)/python
 	touch $@
 
 clean:

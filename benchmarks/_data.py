@@ -8,6 +8,7 @@ each, of which about 15.6 see one another within 5 angstrom.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class Points:
     @property
     def graphs(self) -> list[tuple[int, int]]:
         ends = self.ptr.tolist()
-        return list(zip(ends[:-1], ends[1:], strict=True))
+        return list(itertools.pairwise(ends))
 
 
 def batched(clouds: list[np.ndarray]) -> Points:
@@ -105,7 +106,7 @@ def real_proteins() -> Points | None:
     except ImportError:
         return None
     bounds = table.ptr.tolist()
-    clouds = [table.positions[a:b].numpy() for a, b in zip(bounds[:-1], bounds[1:], strict=True) if b - a > 1]
+    clouds = [table.positions[a:b].numpy() for a, b in itertools.pairwise(bounds) if b - a > 1]
     return batched(clouds) if clouds else None
 
 

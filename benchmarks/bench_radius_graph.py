@@ -184,9 +184,7 @@ def bench_real_proteins(suite: Suite, case: bool) -> None:
     name = "radius_graph edges" + (", distances and vectors" if case else "")
     points = _data.real_proteins()
     if points is None:
-        suite.record(
-            f"{name}: real proteins", None, "ms", note="set MOEYARD_DATA to a folder with structures/alphafold"
-        )
+        suite.record(f"{name}: real proteins", None, "ms", note="not measured: MOEYARD_DATA is not set")
         return
     most = int(search(points).num_neighbors.max())
     points = Points(points.pos, points.ptr, points.batch, most)

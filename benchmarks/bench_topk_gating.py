@@ -120,9 +120,7 @@ def bench_deepseek(suite: Suite) -> None:
             gate.router.weight.copy_(torch.eye(E))  # type: ignore[attr-defined]
     peers = [
         Peer("transformers DeepSeek-V3 gate", gate, same_choice, ">= 10 x"),
-        Peer(
-            "the same under torch.compile, with its linear layer", None if fast is None else compiled_gate, same_choice
-        ),
+        Peer("the same compiled, with its linear layer", None if fast is None else compiled_gate, same_choice),
     ]
     options: dict[str, Any] = {"score": "sigmoid", "renormalize": True, "selection_bias": bias, **DEEPSEEK}
     row = "gating forward, T=4096 E=256 k=8, 8 groups, bias (DeepSeek-V3)"

@@ -1,6 +1,7 @@
-"""`pytest benchmarks`: the bench_<op>.py files under pytest-benchmark, their rows as JSON, and a table of rows at the end.
+"""`pytest benchmarks`: the bench_<op>.py files under pytest-benchmark, their rows as JSON and as a table at the end.
 
-pytest-benchmark's own table shows our side of every comparison. Peers are timed in the setup hook between its rounds.
+pytest-benchmark's own table shows our side of every comparison, per round (a round repeats calls that last under 2 ms).
+Peers are timed in the setup hook between its rounds.
 """
 
 from __future__ import annotations
