@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ SOURCES = Path(__file__).resolve().parents[1] / "build" / "peers"
 def optional(name: str) -> Any:
     """The module, or None where it cannot be imported: also a peer that breaks on import is a peer we do not have."""
     try:
-        return importlib.import_module(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(name)
     except Exception:
         return None
 
