@@ -94,20 +94,21 @@ def shuffled(points: Points, seed: int) -> Points:
 
 
 @functools.cache
-def real_proteins() -> Points | None:
-    """The AlphaFold models of $MOEYARD_DATA, or None where that is not set, or no reader is installed."""
-    folder = Path(os.environ.get("MOEYARD_DATA", "")) / "structures" / "alphafold"
-    if "MOEYARD_DATA" not in os.environ or not folder.is_dir():
-        return None
+def real_proteins() -> Points | str:
+    """The AlphaFold models of $MOEYARD_DATA, or why there are none."""
+    if "MOEYARD_DATA" not in os.environ:
+        return "MOEYARD_DATA is not set"
+    folder = Path(os.environ["MOEYARD_DATA"]) / "structures" / "alphafold"
+    if not folder.is_dir():
+        return "no structures/alphafold in MOEYARD_DATA"
     try:
         from moeyard.data.structures import read_structures
 
-        table, _ = read_structures(folder)
+        found, _ = read_structures(folder)
     except ImportError:
-        return None
-    bounds = table.ptr.tolist()
-    clouds = [table.positions[a:b].numpy() for a, b in itertools.pairwise(bounds) if b - a > 1]
-    return batched(clouds) if clouds else None
+        return "gemmi or rdkit is not installed"
+    clouds = [found.positions[a:b].numpy() for a, b in itertools.pairwise(found.ptr.tolist()) if b - a > 1]
+    return batched(clouds) if clouds else "no structures in MOEYARD_DATA"
 
 
 def sample_sizes(seed: int, count: int) -> np.ndarray:
