@@ -14,13 +14,11 @@ the like about `ours` in that unit.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import gc
 import json
 import math
 import os
-import platform
 import re
 import statistics
 import sys
@@ -28,7 +26,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +33,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import moeyard
-from moeyard import _native
+from _machine import machine, using_threads, versions
 
-#: Versions that the document states, of those that are installed.
-DISTRIBUTIONS = (
-    "torch", "numpy", "scipy", "transformers", "torch-geometric", "torch-cluster", "pyg-lib", "vesin", "vesin-torch",
-    "nvalchemi-toolkit-ops", "matscipy", "freud-analysis", "tonari", "megatron-core", "fairchem-core", "axolotl",
-    "numba",
-)  # fmt: skip
 ONE_CORE = "not measured: one core only"
 INPUT_SETS = 3
 LEAST_SECONDS = 2e-3  # what one timing should last; shorter calls are repeated
@@ -160,50 +150,6 @@ def poison(outputs: Any, inputs: Any) -> None:
                 array.detach().fill_(1 if array.dtype == torch.bool else 113)
         elif array.flags.writeable:
             array.fill(113)
-
-
-# ---- machine and versions --------------------------------------------------------------------------------------------
-
-
-def machine() -> str:
-    """Processor and cores that this process may use; nothing that names the host."""
-    info: dict[str, str] = {}
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            info.setdefault(key.strip(), value.strip())
-    name = info.get("model name") or platform.processor() or platform.machine()
-    if "cpu family" in info:
-        name += f", family {info['cpu family']} model {info.get('model', '?')}"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return f"{name}, {cores} core{'s' if cores > 1 else ''}"
-
-
-def folder_name(machine_name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", machine_name.lower()).strip("-")
-
-
-def versions() -> dict[str, str]:
-    """Of moeyard, its SIMD level, Python, and whatever peers are installed."""
-    found = {"moeyard": moeyard.__version__, "simd": _native.cpu.simd_level(), "python": platform.python_version()}
-    for name in DISTRIBUTIONS:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
-
-
-@contextlib.contextmanager
-def using_threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def all_threads() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def fresh_seed() -> int:
@@ -397,6 +343,8 @@ class Suite:
             chosen = [inputs[(done + place + i) % len(inputs)] for i in range(min(repeats[name], len(inputs)))]
             call, count, number = sides[name], repeats[name], len(chosen)
             outputs = None
+            if torch.get_num_threads() > 1:
+                time.sleep(0.01)  # the OpenMP workers of the side before spin on for a while
             start = time.perf_counter()
             for i in range(count):
                 outputs = None  # the last call's outputs are gone before the next begins

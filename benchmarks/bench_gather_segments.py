@@ -14,7 +14,8 @@ import _data
 import _memory
 import _peers
 import moeyard
-from _harness import ONE_CORE, UNITS, Peer, Suite, all_threads, cases, main
+from _harness import ONE_CORE, UNITS, Peer, Suite, cases, main
+from _machine import all_threads
 
 MOLECULES, CHOSEN = 4000, 1000
 

@@ -12,7 +12,8 @@ from torch import Tensor
 import _memory
 import _peers
 import moeyard
-from _harness import ONE_CORE, Peer, Suite, all_threads, cases, main
+from _harness import ONE_CORE, Peer, Suite, cases, main
+from _machine import all_threads
 
 T, E = 16_384, 64
 MOVES = {"k=2 float32": (2, torch.float32), "k=8 bf16": (8, torch.bfloat16)}

@@ -16,7 +16,8 @@ import _memory
 import _peers
 import moeyard
 from _data import CUTOFF, Points
-from _harness import ONE_CORE, UNITS, Peer, Suite, all_threads, cases, main
+from _harness import ONE_CORE, UNITS, Peer, Suite, cases, main
+from _machine import all_threads
 
 SIZES: dict[str, tuple[str, Callable[[int], Points], str]] = {
     "molecules": ("1,000 molecules, 17,784 atoms", _data.make_molecules, ">= 8 x"),

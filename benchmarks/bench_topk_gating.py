@@ -16,7 +16,8 @@ from torch import Tensor
 import _memory
 import _peers
 import moeyard
-from _harness import ONE_CORE, Peer, Suite, all_threads, cases, main
+from _harness import ONE_CORE, Peer, Suite, cases, main
+from _machine import all_threads
 
 FIRST = {"E64": (16_384, 64, 8), "E4": (16_384, 4, 2)}
 NAMES = {"E64": "gating forward, T=16384 E=64 k=8", "E4": "gating forward, T=16384 E=4 k=2 (CheMoE)"}

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import _harness
+import _machine
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,7 +55,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     folder = session.config.getoption("--rows")
     for stem, found in _suites.items():
         if folder is not None and found.rows:
-            found.write(folder / _harness.folder_name(_harness.machine()) / f"{stem.removeprefix('bench_')}.json")
+            found.write(folder / _machine.folder_name(_machine.machine()) / f"{stem.removeprefix('bench_')}.json")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
