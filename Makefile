@@ -47,8 +47,7 @@ format: $(VENV)/test.stamp
 BENCH := $(BIN)/python -m pytest benchmarks -q -o python_files="bench_*.py" -o python_functions="bench_*" -o timeout=1800
 
 bench: $(VENV)/bench.stamp
-	$(BENCH) --rows benchmarks/results
-	$(BIN)/python benchmarks/report.py
+	$(BENCH) --rows benchmarks/results; status=$$?; $(BIN)/python benchmarks/report.py && exit $$status
 
 bench-quick: $(VENV)/bench.stamp
 	$(BENCH) --quick --rows build/bench-quick

@@ -346,4 +346,6 @@ class TestReport:
             report.main([*self.arguments(results), "--check"])
 
     def test_this_readme_is_what_the_results_say(self) -> None:
+        if not (BENCHMARKS / "results").is_dir() and report.EMPTY not in (ROOT / "README.md").read_text():
+            pytest.skip("the results are not part of a source distribution")
         assert report.outdated(ROOT / "README.md", BENCHMARKS / "results") == []
