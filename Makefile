@@ -7,7 +7,7 @@ SOURCES := pyproject.toml CMakeLists.txt constraints.txt README.md \
 	$(shell find csrc python/moeyard -type f -not -name '*.so' -not -name '*.pyc' 2>/dev/null)
 NATIVE_SOURCES = $$(git ls-files 'csrc/*.cpp' 'csrc/*.hpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*.cpp')
 
-.PHONY: demo test test-full test-simd sanitize lint format bench wheel smoke native clean help
+.PHONY: demo test test-full test-simd sanitize lint format bench bench-quick wheel smoke native clean help
 
 help:
 	@echo "make demo       train a small MoE structure encoder on embedded molecules (about 2 minutes)"
@@ -16,7 +16,8 @@ help:
 	@echo "make test-simd  the op tests on the SIMD levels below this machine's best (make test runs the best)"
 	@echo "make sanitize   op tests and 100,000 hostile calls under AddressSanitizer and UBSan; ThreadSanitizer (Linux, gcc)"
 	@echo "make lint       ruff, mypy, clang-format"
-	@echo "make bench      benchmarks of the ops"
+	@echo "make bench      every op beside its peers, into benchmarks/results and the README (about 25 minutes)"
+	@echo "make bench-quick  the same with smaller sizes and fewer rounds (3 minutes), nothing recorded"
 	@echo "make wheel      a wheel and an sdist in dist/"
 	@echo "make smoke      install the wheel into a fresh environment elsewhere and try it there"
 	@echo "make native     build the native modules into the source tree, for development"
@@ -52,8 +53,13 @@ format: $(VENV)/test.stamp
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE_SOURCES)
 
-bench: $(VENV)/test.stamp
-	$(BIN)/python -m pytest benchmarks -o python_files="bench_*.py" -o python_functions="bench_*" --benchmark-only
+BENCH := $(BIN)/python -m pytest benchmarks -q -o python_files="bench_*.py" -o python_functions="bench_*" -o timeout=1800
+
+bench: $(VENV)/bench.stamp
+	$(BENCH) --rows benchmarks/results; status=$$?; $(BIN)/python benchmarks/report.py && exit $$status
+
+bench-quick: $(VENV)/bench.stamp
+	$(BENCH) --quick --rows build/bench-quick
 
 wheel: $(VENV)/base.stamp $(SOURCES)
 	$(PIP) install -c constraints.txt build
@@ -80,6 +86,12 @@ $(VENV)/demo.stamp: $(VENV)/base.stamp $(SOURCES)
 
 $(VENV)/test.stamp: $(VENV)/base.stamp $(SOURCES)
 	$(PIP) install -c constraints.txt ".[all,test]"
+	touch $@
+
+# Setting up includes building torch_cluster from source: some minutes, once.
+$(VENV)/bench.stamp: $(VENV)/base.stamp $(SOURCES) benchmarks/peers.sh
+	$(PIP) install -c constraints.txt ".[bench]"
+	bash benchmarks/peers.sh $(BIN)/python
 	touch $@
 
 clean:
