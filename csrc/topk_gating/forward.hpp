@@ -74,9 +74,9 @@ void chosen_weights(const GatingProblem& g, At&& at, const int32_t* experts, Row
   for (int64_t s = 0; s < g.k; ++s) weights[s] = chosen[s] * A(g.scale);
 }
 
-template <class A, class T>
+template <class A, class T, int W>
 void gate_row(const GatingProblem& g, const T* logits, const A* bias, const int64_t* forced, int64_t lane,
-              RowScratch<A>& c, LaneSums<A>& sums, int32_t* counts, A* weights, int32_t* experts) {
+              RowScratch<A>& c, LaneSums<A, W>& sums, int32_t* counts, A* weights, int32_t* experts) {
   const auto at = [&](int64_t i) { return A(to_float(logits[i])); };
   const RowSoftmax<A> row = row_softmax<A>(g.experts, at, c.e);
   const bool elementwise = is_elementwise(g.score);
@@ -93,9 +93,9 @@ void gate_row(const GatingProblem& g, const T* logits, const A* bias, const int6
   sums.add_row_scalars(lane, row);
 }
 
-template <class A, class T>
+template <class A, class T, int W>
 void gate_row_at(const GatingProblem& g, const GatingInputs& in, const GatingOutputs& out, int64_t t, int64_t lane,
-                 RowScratch<A>& c, LaneSums<A>& sums, int32_t* counts) {
+                 RowScratch<A>& c, LaneSums<A, W>& sums, int32_t* counts) {
   A* weights = static_cast<A*>(out.weights) + t * g.k;
   int32_t* experts = out.experts + t * g.k;
   if (in.mask && !in.mask[t]) {
@@ -104,8 +104,8 @@ void gate_row_at(const GatingProblem& g, const GatingInputs& in, const GatingOut
     return;
   }
   const int64_t* forced = in.forced ? in.forced + t * g.forced_slots : nullptr;
-  gate_row<A, T>(g, static_cast<const T*>(in.logits) + t * g.experts, static_cast<const A*>(in.bias), forced, lane, c,
-                 sums, counts, weights, experts);
+  gate_row<A, T, W>(g, static_cast<const T*>(in.logits) + t * g.experts, static_cast<const A*>(in.bias), forced, lane,
+                    c, sums, counts, weights, experts);
 }
 
 template <Simd level, class T>
@@ -114,22 +114,21 @@ void forward_chunk(const GatingProblem& g, const GatingInputs& in, const GatingO
   using A = acc_t<T>;
   constexpr int W = kLanesOf<level, A>;
   const bool fits = fits_lanes(g);
-  const int64_t lane_numbers = LaneSums<A>::count(g.experts) + (fits ? LaneGate<A, T, W>::count(g) : 0);
+  const int64_t lane_numbers = LaneSums<A, W>::count(g) + (fits ? LaneGate<A, T, W>::count(g) : 0);
   const Scratch scratch(lane_numbers * int64_t(sizeof(A)) + RowScratch<A>::bytes(g.experts));
   Carver carve(scratch.data());
-  LaneSums<A> sums(carve, g.experts);
+  LaneSums<A, W> sums(carve, g);
   std::optional<LaneGate<A, T, W>> block;
   if (fits) block.emplace(g, in, out, carve);
   RowScratch<A> row(carve, g.experts);
   ChunkSums<A> chunk(workspace, index, g.experts);
-  sums.clear();
   chunk.clear(g.experts);
   for (int64_t t = begin; t < end; t += W) {
     const int64_t rows = std::min<int64_t>(W, end - t), lane = (t - begin) % sums.lanes;
     if (!block || !block->run(t, rows, lane, sums, chunk.counts))
       for (int64_t l = 0; l < rows; ++l)
-        gate_row_at<A, T>(g, in, out, t + l, (lane + l) % sums.lanes, row, sums, chunk.counts);
-    if ((t + rows - begin) % kBlockRows == 0) sums.fold_into(chunk);
+        gate_row_at<A, T, W>(g, in, out, t + l, (lane + l) % sums.lanes, row, sums, chunk.counts);
+    if ((t + rows - begin) % (kRowsPerFold * sums.lanes) == 0) sums.fold_into(chunk);
   }
   sums.fold_into(chunk);
 }

@@ -27,8 +27,9 @@ class LaneBackward {
   bool run(int64_t t, int64_t rows) {
     const M live = live_lanes<V>(call_.mask, t, rows);
     if (!load_ids(t, rows)) return false;
-    load_block<V>(static_cast<const T*>(call_.logits) + t * g_.experts, g_.experts, rows, x_);
-    const BlockMax<V> top = block_max<V>(x_, g_.experts);
+    BlockMax<V> top;
+    load_block<V>(static_cast<const T*>(call_.logits) + t * g_.experts, g_.experts, rows, x_,
+                  [&](V v) MOEYARD_INLINE_LAMBDA { top.see(v); });
     if (any_lane(top.has_nan & live)) return false;
     BlockSoftmax<V> softmax{};
     if (!is_elementwise(g_.score) || grads_.of_softmax()) {
@@ -76,7 +77,7 @@ class LaneBackward {
 
   void weights_backward(int64_t t, int64_t rows) {
     if (grads_.weights)
-      load_block<V>(grads_.weights + t * g_.k, g_.k, rows, gc_);
+      load_block<V>(grads_.weights + t * g_.k, g_.k, rows, gc_, [](V) {});
     else
       std::fill(gc_, gc_ + g_.k * W, A(0));
     if (grads_.weight_sum)

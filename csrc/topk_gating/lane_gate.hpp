@@ -35,21 +35,23 @@ class LaneGate {
 
   /// Rows [t, t + rows) of all, rows <= W, the first of which adds to lane `lane` of the sums. False, with nothing
   /// written, where a row has a NaN or fewer candidates than slots: such blocks are left to the path of single rows.
-  MOEYARD_INLINE bool run(int64_t t, int64_t rows, int64_t lane, LaneSums<A>& sums, int32_t* counts) {
+  MOEYARD_INLINE bool run(int64_t t, int64_t rows, int64_t lane, LaneSums<A, W>& sums, int32_t* counts) {
     const T* logits = static_cast<const T*>(in_.logits) + t * g_.experts;
-    load_block<V>(logits, g_.experts, rows, x_);
-    const M live = live_lanes<V>(in_.mask, t, rows);
-    const BlockMax<V> top = block_max<V>(x_, g_.experts);
-    if (any_lane(top.has_nan & live)) return false;
+    BlockMax<V> top;
+    load_block<V>(logits, g_.experts, rows, x_, [&](V v) MOEYARD_INLINE_LAMBDA { top.see(v); });
     const BlockSoftmax<V> softmax = block_softmax<V>(x_, g_.experts, top.max, e_);
     scores_and_keys(softmax);
     M filled = ~M{};
     if (g_.num_groups > 0) filled = limit_to_groups();
     filled &= select_in_lanes<V>(x_, g_.experts, g_.k, best_, id_);
-    if (any_lane(~filled & live)) return false;
+    const M live = live_lanes<V>(in_.mask, t, rows);
+    if (any_lane((top.has_nan | ~filled) & live)) return false;
     chosen_weights(logits, softmax, live, rows);
     add_sums(softmax, live, lane, sums);
-    add_choices(rows, lane, sums, counts);
+    if (sums.few)
+      add_few_choices(lane, sums);
+    else
+      add_choices(rows, lane, sums, counts);
     store_rows(weight_, rows, static_cast<A*>(out_.weights) + t * g_.k);
     store_rows(id_, rows, out_.experts + t * g_.k);
     return true;
@@ -135,25 +137,41 @@ class LaneGate {
   }
 
   // Masked rows add 0.
-  MOEYARD_INLINE void add_sums(const BlockSoftmax<V>& softmax, M live, int64_t lane, LaneSums<A>& sums) {
+  MOEYARD_INLINE void add_sums(const BlockSoftmax<V>& softmax, M live, int64_t lane, LaneSums<A, W>& sums) {
     const auto add = [&](A* to, V v)
                          MOEYARD_INLINE_LAMBDA { store_lanes<V>(to, load_lanes<V>(to) + keep_lanes(live, v)); };
     const V one = score_math::constant<V>(1), factor = is_elementwise(g_.score) ? one : one / softmax.sum;
-    for (int64_t i = 0; i < g_.experts; ++i)
-      add(sums.score + i * sums.lanes + lane, load_lanes<V>(e_ + i * W) * factor);
+    for (int64_t i = 0; i < g_.experts; ++i) add(sums.score + i * kSumLanes + lane, load_lanes<V>(e_ + i * W) * factor);
     const V lse = softmax.log_sum_exp();
     add(sums.scalar + lane, lse * lse);
-    add(sums.scalar + sums.lanes + lane, softmax.entropy);
+    add(sums.scalar + kSumLanes + lane, softmax.entropy);
   }
 
-  MOEYARD_INLINE void add_choices(int64_t rows, int64_t lane, LaneSums<A>& sums, int32_t* counts) {
+  // Weights of masked rows are 0, so that they may go to any expert; what their id -1 counts is taken back.
+  MOEYARD_INLINE void add_choices(int64_t rows, int64_t lane, LaneSums<A, W>& sums, int32_t* counts) {
     for (int64_t s = 0; s < g_.k; ++s)
       for (int64_t l = 0; l < rows; ++l) {
         const int64_t id = id_[s * W + l];
         if (id < 0) continue;
-        sums.weight[id * sums.lanes + lane + l] += weight_[s * W + l];
+        sums.weight[id * kSumLanes + lane + l] += weight_[s * W + l];
         ++counts[id];
       }
+  }
+
+  // The same by comparing every slot with every expert, which beats single steps for a few of both.
+  MOEYARD_INLINE void add_few_choices(int64_t lane, LaneSums<A, W>& sums) {
+    for (int64_t i = 0; i < g_.experts; ++i) {
+      V weight{};
+      I count = load_lanes<I>(sums.few_counts + i * kSumLanes + lane);
+      for (int64_t s = 0; s < g_.k; ++s) {
+        const I id = load_lanes<I>(id_ + s * W);
+        weight = id == Word(i) ? load_lanes<V>(weight_ + s * W) : weight;
+        count = id == Word(i) ? count + 1 : count;
+      }
+      A* to = sums.weight + i * kSumLanes + lane;
+      store_lanes<V>(to, load_lanes<V>(to) + weight);
+      store_lanes<I>(sums.few_counts + i * kSumLanes + lane, count);
+    }
   }
 
   // Writes the first `rows` lanes of [k][W] as [rows][k].
