@@ -99,6 +99,30 @@ def test_add_wraps_around_like_torch(dtype: torch.dtype) -> None:
         assert torch.equal(got.values, values + torch.tensor(number).to(dtype))
 
 
+@pytest.mark.parametrize("dtype", INTS)
+def test_add_on_every_length(dtype: torch.dtype) -> None:
+    """Lengths on both sides of every vector width, in values that start at an odd address."""
+    lengths = torch.arange(140)
+    ptr = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    raw = torch.randint(0, 256, (int(ptr[-1]) * dtype.itemsize + 1,), dtype=torch.uint8)
+    values = torch.frombuffer(raw.numpy(), dtype=dtype, offset=1, count=int(ptr[-1]))
+    add = lengths * 1_000_003 - 7_000_000
+    got = moeyard.gather_segments(values, ptr, lengths, add=add)
+    assert torch.equal(got.values, values.clone() + torch.repeat_interleave(add, lengths).to(dtype))
+
+
+def test_large_outputs() -> None:
+    """Beyond the last-level cache and in huge pages, where there are any."""
+    values = torch.arange(3_000_000, dtype=torch.int32).reshape(-1, 3)
+    ptr = torch.arange(0, 1_000_001, 1000)
+    index = torch.arange(999, -1, -1)
+    got = moeyard.gather_segments(values, ptr, index, add=index, total=1_000_100)
+    want = (values.reshape(1000, -1).flip(0) + index[:, None]).reshape(-1, 3)
+    assert torch.equal(got.values[:1_000_000], want.int())
+    assert not got.values[1_000_000:].any()
+    assert torch.equal(got.batch, torch.arange(1_000_100) // 1000)
+
+
 def test_gradient_sums_repeats_in_float32() -> None:
     values = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
     index = torch.zeros(1000, dtype=torch.int64)
@@ -114,6 +138,34 @@ def test_gradient_of_one_segment_over_many_pieces() -> None:
     (got,) = torch.autograd.grad(out, values, upstream)
     (want,) = torch.autograd.grad(gather_segments_reference(values, ptr, index).values, values, upstream)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("segments", [3, 700, 5000])
+def test_gradient_adds_in_the_order_of_index(dtype: torch.dtype, segments: int) -> None:
+    """To the bit what a loop over the chosen gives, for any order of segments; values that were not chosen get 0."""
+    generator = torch.Generator().manual_seed(segments)
+    lengths = torch.randint(0, 4, (segments,), generator=generator)
+    lengths[1] = 600  # more than the sum takes at once
+    ptr = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    values = torch.zeros(int(ptr[-1]) + 3, 2, dtype=dtype, requires_grad=True)
+    index = torch.cat([torch.randint(0, segments, (segments // 2,), generator=generator), torch.tensor([1, 0, 1])])
+    out = moeyard.gather_segments(values, ptr, index)
+    upstream = torch.randn(out.values.shape, generator=generator, dtype=torch.float64).to(dtype)
+    upstream[::7] = -0.0
+    (got,) = torch.autograd.grad(out.values, values, upstream)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    want = torch.zeros(values.shape, dtype=wide)
+    for m, s in enumerate(index.tolist()):
+        want[ptr[s] : ptr[s + 1]] += upstream[out.ptr[m] : out.ptr[m + 1]].to(wide)
+    assert torch.equal(got, want.to(dtype))
+    assert not torch.signbit(got[got == 0]).any()
+
+
+def test_gradient_of_nothing_chosen_is_zero() -> None:
+    values = torch.randn(5, 3, requires_grad=True)
+    out = moeyard.gather_segments(values, torch.tensor([0, 2, 2, 5]), torch.tensor([1, 1])).values
+    assert torch.equal(torch.autograd.grad(out.sum(), values)[0], torch.zeros(5, 3))
 
 
 def test_overlapping_segments_have_no_gradient() -> None:

@@ -101,6 +101,21 @@ def test_segments() -> None:
     ]
 
 
+def test_a_batch_closes_when_its_segments_are_over() -> None:
+    # When 5 comes, the batch of 6 is over and leaves its place; else 5 would close that of 7, the fuller one.
+    assert batches([6, 7, 5, 3], 10, segments=[0, 1, 2, 2], lookahead=2) == [[0], [1, 3], [2]]
+    assert batches([6, 7, 5, 3], 10, segments=[0, 1, 2, 2], lookahead=70) == [[0], [1, 3], [2]]
+    assert batches([6, 7, 5, 3, 1], 10, segments=[0, 1, 2, 2, 0], lookahead=2) == [[0, 4], [1], [2, 3]]
+    # The second segment may be over before the first, and an oversize sample may be the last of its own.
+    assert batches([6, 1, 6, 7, 5, 3], 10, segments=[0, 1, 0, 2, 3, 3], lookahead=2) == [[0, 1], [2], [3, 5], [4]]
+    assert batches([6, 99, 7, 5, 3], 10, segments=[0, 1, 2, 3, 3], lookahead=2, oversize="own_batch") == [
+        [0],
+        [1],
+        [2, 4],
+        [3],
+    ]
+
+
 def test_oversize() -> None:
     sizes = torch.tensor([2, 11, 3, 12, 1])
     with pytest.raises(ValueError, match=r"sizes: expected every sample within budget = 10, got sample 1 of size 11"):
@@ -161,6 +176,64 @@ def test_equals_the_reference(request: dict[str, Any]) -> None:
     packing = moeyard.pack_batches(**request)
     assert_equal(packing, pack_batches_reference(**request))
     check_budgets(packing, **request)
+
+
+@pytest.mark.parametrize("lookahead", [0, 1, 15, 16, 17, 32, 63, 64, 65])
+@pytest.mark.parametrize("scale", [1, 2**25 // 1000, 2**25 // 1000 + 1, 2**40])
+@pytest.mark.parametrize("rules", ["none", "sizes2", "segments", "max_samples", "all"])
+def test_equals_the_reference_over_many_blocks(lookahead: int, scale: int, rules: str) -> None:
+    """Budgets and numbers of open batches on both sides of where the search changes; many batches stay open."""
+    generator = torch.Generator().manual_seed(lookahead)
+    n = 600
+    request: dict[str, Any] = {
+        "sizes": torch.randint(0, 700, (n,), generator=generator) * scale,
+        "budget": 1000 * scale,
+        "order": torch.randperm(n, generator=generator)[:-5],
+        "lookahead": lookahead,
+    }
+    if rules in ("sizes2", "all"):
+        top = 2**31 - 1 if lookahead % 2 else 2**31
+        request |= {"sizes2": torch.randint(0, top // 3, (n,), generator=generator), "budget2": top}
+    if rules in ("segments", "all"):
+        request["segments"] = torch.arange(n) // 60 * (1 if lookahead % 2 else 2**40)
+        request["order"] = request["order"].sort().values
+    if rules in ("max_samples", "all"):
+        request["max_samples"] = 3
+    packing = moeyard.pack_batches(**request)
+    assert_equal(packing, pack_batches_reference(**request))
+    check_budgets(packing, **request)
+
+
+@pytest.mark.parametrize("n", [127, 128, 129, 256, 257])
+@pytest.mark.parametrize("lookahead", [0, 4, 100])
+def test_errors_come_in_the_order_of_positions(n: int, lookahead: int) -> None:
+
+    def error(*, out_of_range: int = -1, repeated: int = -1, large: int = -1) -> str:
+        sizes, order = torch.ones(n, dtype=torch.int64), torch.arange(n)
+        for position, bad in ((out_of_range, n), (repeated, 0)):
+            if position >= 0:
+                order[position] = bad
+        if large >= 0:
+            sizes[large] = 9
+        with pytest.raises(ValueError, match="expected") as caught:
+            moeyard.pack_batches(sizes, 5, order=order, lookahead=lookahead)
+        return str(caught.value)
+
+    for p in (1, n // 2, n - 2):
+        assert f"got {n} at position {p}" in error(out_of_range=p, repeated=p + 1)
+        assert f"got 0 again at position {p}" in error(repeated=p, out_of_range=p + 1)
+        assert f"got sample {p} of size 9" in error(large=p, repeated=p + 1)
+        assert f"got {n} at position {p}" in error(out_of_range=p, large=p + 1)
+
+
+@pytest.mark.parametrize("lookahead", [0, 4])
+@pytest.mark.parametrize("share", [300, 299, 7])
+def test_skipped_of_an_order(share: int, lookahead: int) -> None:
+    generator = torch.Generator().manual_seed(share)
+    sizes, order = torch.randint(0, 20, (300,), generator=generator), torch.randperm(300, generator=generator)[:share]
+    packing = moeyard.pack_batches(sizes, 15, order=order, lookahead=lookahead, oversize="skip")
+    assert torch.equal(packing.skipped, order[sizes[order] > 15])
+    assert packing.index.untyped_storage().nbytes() == 8 * len(packing.index)
 
 
 def check_budgets(

@@ -195,7 +195,7 @@ def _backward_cpu(grad: Tensor, ptr: Tensor, index: Tensor, num_values: int) -> 
         request,
         out_ptr.data_ptr(),
         grad.data_ptr(),
-        _row_items(grad),
+        _row_items(out),
         DTYPE_CODE[grad.dtype],
         workspace.data_ptr(),
         out.data_ptr(),
