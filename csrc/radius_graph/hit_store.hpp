@@ -46,7 +46,8 @@ class HitStore {
     int64_t left = 0;
   };
 
-  // Every room reaches to the end of its block, so that its margin is nobody else's. Blocks grow with what was asked for, so that small searches stay small; large ones come in huge pages.
+  // Every room reaches to the end of its block, so that its margin is nobody else's. Blocks grow with what was asked
+  // for, so that small searches stay small; large ones come in huge pages.
   Room room(int64_t ints) {
     std::lock_guard<std::mutex> lock(mutex_);
     for (size_t k = spare_.size(); k-- > 0;) {

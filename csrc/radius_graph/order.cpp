@@ -61,8 +61,7 @@ struct Network {
     static constexpr int32_t kLane[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     Ints lane;
     std::memcpy(&lane, kLane, sizeof(lane));
-    for (int v = 0; v < Vectors; ++v)
-      a[v] = lane < n - v * Lanes ? a[v] : Ints{} + std::numeric_limits<int32_t>::max();
+    for (int v = 0; v < Vectors; ++v) a[v] = lane < n - v * Lanes ? a[v] : Ints{} + std::numeric_limits<int32_t>::max();
     sort<Lanes * Vectors>(a);
     for (int v = 0; v < Vectors; ++v) a[v] += base;
     std::memcpy(out, a, sizeof(a));

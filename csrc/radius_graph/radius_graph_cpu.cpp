@@ -92,8 +92,8 @@ RadiusHits search(const PointSet& points, const PointSet& centres, const Periodi
   if (options.k < 1 && !(std::isfinite(r2) && r > 0 && r2 > 0))
     fail_value("r: expected a finite distance > 0 whose square is positive and finite in the dtype of ",
                point_names(!same).xyz, ", got ", options.r);
-  check_finite<T>(points, point_names(!same).xyz);
-  if (!same) check_finite<T>(centres, centre_names().xyz);
+  check_finite<T>(points, point_names(!same).xyz, threads);
+  if (!same) check_finite<T>(centres, centre_names().xyz, threads);
   const PointSet& homes = same ? points : centres;
   for (const PointSet* set : {&points, &homes}) {
     if (periodic.num_cells >= 0 && set->ptr && set->num_graphs != periodic.num_cells)
@@ -108,7 +108,8 @@ RadiusHits search(const PointSet& points, const PointSet& centres, const Periodi
   if (!same) hits.store->clear();
   std::atomic<int64_t> truncated{0};
   const Pairs<T> pairs{static_cast<const T*>(points.xyz), static_cast<const T*>(homes.xyz), same};
-  const SearchCall<T> call{pairs, r2, options, periodic, pick_scan<T>(simd_level()), pick_order(simd_level()), *hits.store, truncated};
+  const SearchCall<T> call{
+      pairs, r2, options, periodic, pick_scan<T>(simd_level()), pick_order(simd_level()), *hits.store, truncated};
   search_graphs(call, graphs, threads);
   hits.num_edges = hits.store->finish();
   if (options.symmetric && options.max_neighbors > 0) {

@@ -212,7 +212,8 @@ class GraphSearch {
     }
     if (!sorted) call_.order(ids, n, 0, ids);
     const int32_t* first = ids;
-    if (call_.options.half) first = std::partition_point(ids, ids + n, [&](int32_t id) { return !first_of_pair(i, id); });
+    if (call_.options.half)
+      first = std::partition_point(ids, ids + n, [&](int32_t id) { return !first_of_pair(i, id); });
     commit(worker, i, first, ids + n - first);
   }
 

@@ -293,6 +293,66 @@ def test_knn_in_a_cell_whose_volume_underflows() -> None:
     assert graph.cell_shift.abs().max() == 1
 
 
+def clusters(dtype: torch.dtype, most: int = 80) -> tuple[Tensor, Tensor]:
+    """Shuffled points in far-apart clusters of 1, 2, ..., `most`, and the cluster of each: lists of every length."""
+    which = torch.repeat_interleave(torch.arange(most), torch.arange(1, most + 1))
+    which = which[torch.randperm(len(which), generator=torch.Generator().manual_seed(7))]
+    corners = torch.stack([which % 5, which // 5 % 5, which // 25], 1) * 3.0
+    return (corners + points(len(which), 0.5, F64, 8)).to(dtype), which
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("loop", [False, True])
+def test_lists_of_every_length_are_in_order(dtype: torch.dtype, loop: bool) -> None:
+    pos, which = clusters(dtype)
+    together = which[:, None] == which
+    if not loop:
+        together.fill_diagonal_(False)
+    i, j = together.nonzero().t()
+    assert torch.equal(moeyard.radius_graph(pos, 1.0, loop=loop).edge_index, torch.stack([j, i]))
+    half = moeyard.radius_graph(pos, 1.0, loop=loop, half=True)
+    keep = j >= i if loop else j > i
+    assert torch.equal(half.edge_index, torch.stack([j, i])[:, keep])
+    k, c = together[::7].nonzero().t()
+    if loop:
+        assert torch.equal(moeyard.radius(pos, pos[::7], 1.0).edge_index, torch.stack([k, c]))
+
+
+def test_crowded_cell_is_in_order() -> None:
+    pos = points(1_200, 0.5, torch.float32, 3)
+    graph = moeyard.radius_graph(torch.cat([pos, pos + 9]), 2.0)
+    others = torch.ones(1_200, 1_200).fill_diagonal_(0).nonzero().t()
+    assert torch.equal(graph.edge_index.flip(0), torch.cat([others, others + 1_200], 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("periodic", [False, True])
+def test_geometry_and_cuts_at_any_edge(dtype: torch.dtype, periodic: bool) -> None:
+    """Vectors are plain differences to the bit, and a capacity may end anywhere in a row or a thread's piece."""
+    n, side = 5_000, 48.0
+    pos = points(n, side, dtype, 11)
+    cell = torch.eye(3, dtype=dtype) * side if periodic else None
+    whole = moeyard.radius_graph(pos, 5.0, cell=cell)
+    m = whole.edge_index.shape[1]
+    if not periodic:
+        j, i = whole.edge_index
+        assert torch.equal(whole.vector, pos[j] - pos[i])
+        assert np.array_equal(whole.distance.numpy(), np.sqrt(_squared_norm(whole.vector).numpy()))
+    row_ends = whole.num_neighbors.cumsum(0)
+    for capacity in [0, 1, int(row_ends[2047]), int(row_ends[2047]) - 3, *range(m // 2, m // 2 + 9), m - 1, m, m + 13]:
+        cut = moeyard.radius_graph(pos, 5.0, cell=cell, max_edges=capacity)
+        kept = min(capacity, m)
+        assert cut.num_edges.item() == m
+        assert torch.equal(cut.edge_index[:, :kept], whole.edge_index[:, :kept])
+        assert torch.equal(cut.distance[:kept], whole.distance[:kept])
+        assert torch.equal(cut.vector[:kept], whole.vector[:kept])
+        assert torch.equal(cut.cell_shift[:kept], whole.cell_shift[:kept])
+        assert torch.equal(cut.num_neighbors, whole.num_neighbors)
+        assert cut.edge_index[:, kept:].eq(0).all()
+        assert cut.distance[kept:].eq(5).all()
+        assert cut.vector[kept:].eq(0).all()
+
+
 PROBE = """
 import hashlib, torch, moeyard
 digest = hashlib.sha256()
@@ -301,7 +361,9 @@ for dtype in (torch.float32, torch.float64):
     pos[:2000] = pos[:2000].round()
     cell = torch.eye(3, dtype=dtype) * 15
     for graph in (moeyard.radius_graph(pos, 2.0), moeyard.radius_graph(pos, 1.5, cell=cell, max_num_neighbors=9),
-                  moeyard.radius_graph(pos, 1.5, ptr=torch.arange(0, 4001, 20)), moeyard.radius(pos, pos[::7], 2.0)):
+                  moeyard.radius_graph(pos, 1.5, ptr=torch.arange(0, 4001, 20)), moeyard.radius(pos, pos[::7], 2.0),
+                  moeyard.radius_graph(pos, 2.9, half=True), moeyard.radius_graph(pos[::9], 6.0),
+                  moeyard.radius_graph(pos, 1.0, max_edges=5003), moeyard.radius_graph(pos * 1e3, 300.0)):
         for field in graph:
             digest.update(field.numpy().tobytes())
 print(digest.hexdigest())
