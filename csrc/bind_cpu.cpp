@@ -225,15 +225,17 @@ PYBIND11_MODULE(_cpu, m) {
       "radius_graph_fill",
       [](const moeyard::cpu::RadiusHits& hits, int dtype, const moeyard::PointSet& points,
          const moeyard::PointSet& centres, const moeyard::Periodicity& periodic, int64_t capacity, Address centre,
-         Address neighbour, Address distance, Address vector, Address cell_shift, Address num_neighbors, double padding,
-         int threads) {
-        moeyard::cpu::radius_graph_fill(hits, moeyard::DType(dtype), points, centres, periodic,
-                                        {capacity, at<int64_t>(centre), at<int64_t>(neighbour), at(distance),
-                                         at(vector), at<int32_t>(cell_shift), at<int32_t>(num_neighbors), padding},
-                                        threads);
+         Address neighbour, Address distance, Address vector, Address cell_shift, Address num_neighbors,
+         Address truncated, Address num_edges, Address overflow, double padding, int threads) {
+        moeyard::cpu::radius_graph_fill(
+            hits, moeyard::DType(dtype), points, centres, periodic,
+            {capacity, at<int64_t>(centre), at<int64_t>(neighbour), at(distance), at(vector), at<int32_t>(cell_shift),
+             at<int32_t>(num_neighbors), at<int64_t>(truncated), at<int64_t>(num_edges), at<bool>(overflow), padding},
+            threads);
       },
       "hits"_a, "dtype"_a, "points"_a, "centres"_a, "periodic"_a, "capacity"_a, "centre"_a, "neighbour"_a, "distance"_a,
-      "vector"_a, "cell_shift"_a, "num_neighbors"_a, "padding"_a, "threads"_a, NoGil());
+      "vector"_a, "cell_shift"_a, "num_neighbors"_a, "truncated"_a, "num_edges"_a, "overflow"_a, "padding"_a,
+      "threads"_a, NoGil());
   m.def(
       "radius_graph_backward",
       [](int dtype, const moeyard::cpu::RadiusEdges& edges, int64_t num_points, const moeyard::PointSet& centres,

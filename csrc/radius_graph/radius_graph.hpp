@@ -72,6 +72,9 @@ struct RadiusOutputs {
   void* vector = nullptr;
   int32_t* cell_shift = nullptr;
   int32_t* num_neighbors = nullptr;
+  int64_t* truncated = nullptr;
+  int64_t* num_edges = nullptr;  // found, also those beyond the capacity
+  bool* overflow = nullptr;
   double padding = 0;
 };
 

@@ -130,6 +130,9 @@ RadiusHits radius_graph_search(DType dtype, const PointSet& points, const PointS
 
 void radius_graph_fill(const RadiusHits& hits, DType dtype, const PointSet& points, const PointSet& centres,
                        const Periodicity& periodic, const RadiusOutputs& out, int threads) {
+  *out.truncated = hits.truncated;
+  *out.num_edges = hits.num_edges;
+  *out.overflow = hits.num_edges > out.capacity;
   dtype == DType::f64 ? emit<double>(*hits.store, points, centres, periodic, out, threads)
                       : emit<float>(*hits.store, points, centres, periodic, out, threads);
 }

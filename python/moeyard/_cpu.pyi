@@ -182,6 +182,9 @@ def radius_graph_fill(
     vector: int,
     cell_shift: int,
     num_neighbors: int,
+    truncated: int,
+    num_edges: int,
+    overflow: int,
     padding: float,
     threads: int,
 ) -> None: ...

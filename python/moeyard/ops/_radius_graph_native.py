@@ -9,6 +9,10 @@ from torch import Tensor
 
 from moeyard import _native
 
+# Stand for arguments that were not given.
+NO_POINTS = _native.cpu.PointSet(0, 0, 0, 0, 0)
+NOT_PERIODIC = _native.cpu.Periodicity(0, -1, 0, -1)
+
 
 class Addresses:
     """Addresses of contiguous copies; the copies live as long as this object."""
@@ -29,3 +33,9 @@ class Addresses:
         ptr = None if ptr is None else ptr.to(torch.int64)
         graphs = 0 if ptr is None else ptr.shape[0] - 1
         return _native.cpu.PointSet(self(xyz), count, self(batch), self(ptr), graphs)
+
+    def periodicity(self, cell: Tensor, pbc: Tensor | None) -> Any:
+        """The native Periodicity; -1 for one cell, or one set of periodic axes, that all graphs share."""
+        cells = cell.shape[0] if cell.dim() == 3 else -1
+        axes = pbc.shape[0] if pbc is not None and pbc.dim() == 2 else -1
+        return _native.cpu.Periodicity(self(cell), cells, self(pbc), axes)

@@ -146,8 +146,8 @@ def _cpu(
         raise ValueError(f"total: expected at least {rows} (the rows of the chosen segments), got {total}")
     rows = rows if total is None else total
     _check_size("index" if total is None else "total", rows, values)
-    out = values.new_empty(rows, *values.shape[1:])
-    batch = torch.empty(rows, dtype=torch.int64)
+    out = values.new_empty((rows, *values.shape[1:]))
+    batch = out_ptr.new_empty(rows)
     _native.cpu.gather_segments(
         request,
         out_ptr.data_ptr(),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moeyard import _native
 from moeyard.ops import _check, _radius_graph_grad
-from moeyard.ops._radius_graph_native import Addresses
+from moeyard.ops._radius_graph_native import NO_POINTS, NOT_PERIODIC, Addresses
 from moeyard.ops._register import DTYPE_CODE, register
 
 _SCHEMA = (
@@ -217,20 +217,22 @@ def _validate(
     _validate_set(pos, batch, ptr, "x" if two_sets else "pos", "_x" if two_sets else "")
     if centres is not None:
         _validate_set(centres, batch_centres, ptr_centres, "y", "_y")
-        _check.dtype("y", centres, [pos.dtype])
+        _check.same_device("x", pos, y=centres)
+        _check.dtype("y", centres, (pos.dtype,))
         if symmetric or half or k is not None:
             raise ValueError("centres: expected one set of points with symmetric, half or k, got two")
     elif batch_centres is not None or ptr_centres is not None:
         raise ValueError("batch_centres, ptr_centres: expected None without centres")
     if cell is not None:
-        _check.dtype("cell", cell, [pos.dtype])
+        _check.same_device("x" if two_sets else "pos", pos, cell=cell)
+        _check.dtype("cell", cell, (pos.dtype,))
         _check.shape("cell", cell, ["G", 3, 3] if cell.dim() == 3 else [3, 3])
     if pbc is not None:
         if cell is None:
             raise ValueError("pbc: expected a cell with it, got cell None")
-        _check.dtype("pbc", pbc, [torch.bool])
+        _check.same_device("x" if two_sets else "pos", pos, pbc=pbc)
+        _check.dtype("pbc", pbc, (torch.bool,))
         _check.shape("pbc", pbc, ["G", 3] if pbc.dim() == 2 else [3])
-    _check.same_device("x" if two_sets else "pos", pos, y=centres, cell=cell, pbc=pbc)
     _check.integer("k", k, minimum=1, optional=True)
     _check.integer("max_num_neighbors", max_num_neighbors, minimum=1, optional=True)
     _check.integer("max_edges", max_edges, minimum=0, optional=True)
@@ -241,16 +243,16 @@ def _validate(
 
 
 def _validate_set(pos: Tensor, batch: Tensor | None, ptr: Tensor | None, name: str, suffix: str) -> None:
-    _check.dtype(name, pos, [torch.float32, torch.float64])
-    _check.shape(name, pos, ["N", 3])
+    _check.dtype(name, pos, (torch.float32, torch.float64))
+    _check.shape(name, pos, ("N", 3))
     if batch is not None and ptr is not None:
         raise ValueError(f"batch{suffix}, ptr{suffix}: expected at most one of them, got both")
     if batch is not None:
-        _check.dtype(f"batch{suffix}", batch, [torch.int64, torch.int32])
+        _check.dtype(f"batch{suffix}", batch, (torch.int64, torch.int32))
         _check.shape(f"batch{suffix}", batch, [pos.shape[0]])
         _check.same_device(name, pos, **{f"batch{suffix}": batch})
     if ptr is not None:
-        _check.dtype(f"ptr{suffix}", ptr, [torch.int64, torch.int32])
+        _check.dtype(f"ptr{suffix}", ptr, (torch.int64, torch.int32))
         _check.shape(f"ptr{suffix}", ptr, ["G + 1"])
         if ptr.shape[0] == 0:
             raise ValueError(f"ptr{suffix}: expected at least one entry, got none")
@@ -278,24 +280,24 @@ def _cpu(
     cpu, threads, code = _native.cpu, torch.get_num_threads(), DTYPE_CODE[pos.dtype]
     address = Addresses()  # alive until the end of the call
     points = address.point_set(pos, pos.shape[0], batch, ptr)
-    homes = address.point_set(centres, 0 if centres is None else centres.shape[0], batch_centres, ptr_centres)
-    periodic = cpu.Periodicity(
-        address(cell), cell.shape[0] if cell is not None and cell.dim() == 3 else -1,
-        address(pbc), pbc.shape[0] if pbc is not None and pbc.dim() == 2 else -1,
-    )  # fmt: skip
+    homes = NO_POINTS if centres is None else address.point_set(centres, centres.shape[0], batch_centres, ptr_centres)
+    periodic = NOT_PERIODIC if cell is None else address.periodicity(cell, pbc)
     hits = cpu.radius_graph_search(
         code, points, homes, periodic, r, k or -1, max_num_neighbors or -1, symmetric, loop, half, threads
     )
     m = hits.num_edges if max_edges is None else max_edges
     out = _outputs(pos, centres, cell, geometry, m)
-    edge_index, distance, vector, cell_shift, num_neighbors = out
+    edge_index, distance, vector, cell_shift, num_neighbors, truncated, num_edges, overflow = out
+    sources = edge_index.data_ptr()
+    targets = sources + m * edge_index.element_size()
+    centre, neighbour = (sources, targets) if centre_is_source else (targets, sources)
     cpu.radius_graph_fill(
-        hits, code, points, homes, periodic, m,
-        edge_index[0 if centre_is_source else 1].data_ptr(), edge_index[1 if centre_is_source else 0].data_ptr(),
+        hits, code, points, homes, periodic, m, centre, neighbour,
         distance.data_ptr() if geometry else 0, vector.data_ptr() if geometry else 0,
-        cell_shift.data_ptr() if cell is not None else 0, num_neighbors.data_ptr(), r if k is None else 0.0, threads,
+        cell_shift.data_ptr() if cell is not None else 0, num_neighbors.data_ptr(), truncated.data_ptr(),
+        num_edges.data_ptr(), overflow.data_ptr(), r if k is None else 0.0, threads,
     )  # fmt: skip
-    return *out, torch.tensor(hits.truncated), torch.tensor(hits.num_edges), torch.tensor(hits.num_edges > m)
+    return out
 
 
 def _outputs(pos: Tensor, centres: Tensor | None, cell: Tensor | None, geometry: bool, m: Any) -> tuple[Tensor, ...]:
@@ -306,6 +308,9 @@ def _outputs(pos: Tensor, centres: Tensor | None, cell: Tensor | None, geometry:
         pos.new_empty((per_edge, 3)),
         pos.new_empty((m if cell is not None else 0, 3), dtype=torch.int32),
         pos.new_empty(((pos if centres is None else centres).shape[0],), dtype=torch.int32),
+        pos.new_empty((), dtype=torch.int64),
+        pos.new_empty((), dtype=torch.int64),
+        pos.new_empty((), dtype=torch.bool),
     )
 
 
@@ -320,8 +325,7 @@ def _fake(
         max_edges,
     )  # fmt: skip
     m = torch.library.get_ctx().new_dynamic_size() if max_edges is None else max_edges
-    scalars = (pos.new_empty((), dtype=d) for d in (torch.int64, torch.int64, torch.bool))
-    return *_outputs(pos, centres, cell, geometry, m), *scalars
+    return _outputs(pos, centres, cell, geometry, m)
 
 
 class _Autograd(torch.autograd.Function):

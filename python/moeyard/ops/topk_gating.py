@@ -210,16 +210,12 @@ def _validate_backward(
 
 def _outputs(logits: Tensor, k: int) -> tuple[Tensor, ...]:
     T, E = logits.shape
-    float_, int_ = compute_dtype(logits.dtype), torch.int32
-    return (
-        logits.new_empty((T, k), dtype=float_),
-        logits.new_empty((T, k), dtype=int_),
-        logits.new_empty((E,), dtype=int_),
-        logits.new_empty((E,), dtype=float_),
-        logits.new_empty((E,), dtype=float_),
-        logits.new_empty((), dtype=float_),
-        logits.new_empty((), dtype=float_),
-    )
+    # empty_like is the cheapest way to an empty tensor.
+    weights = logits.new_empty((T, k), dtype=compute_dtype(logits.dtype))
+    experts = logits.new_empty((T, k), dtype=torch.int32)
+    counts, score_sum, logsumexp_sq = experts.new_empty(E), weights.new_empty(E), weights.new_empty(())
+    weight_sum, entropy_sum = torch.empty_like(score_sum), torch.empty_like(logsumexp_sq)
+    return weights, experts, counts, score_sum, weight_sum, logsumexp_sq, entropy_sum
 
 
 def _cpu(
@@ -251,11 +247,11 @@ def _cpu(
         SCORES.index(score),
         renormalize,
         scale,
-        num_groups=num_groups or 0,
-        topk_groups=topk_groups or 0,
-        group_score_experts=group_score_experts,
-        forced_slots=0 if forced is None else 1 if forced.dim() == 1 else k,
-        unit_weights=forced_weights == "one",
+        num_groups or 0,
+        topk_groups or 0,
+        group_score_experts,
+        0 if forced is None else 1 if forced.dim() == 1 else k,
+        forced_weights == "one",
     )
     out = _outputs(logits, k)
     workspace = logits.new_empty((_native.cpu.topk_gating_workspace(problem),), dtype=torch.uint8)
