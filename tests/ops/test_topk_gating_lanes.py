@@ -1,0 +1,166 @@
+"""topk_gating takes blocks of rows, one per vector lane, and single rows where a block does not fit: the same bits."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import moeyard
+from moeyard.ops._topk_gating_reference import topk_gating_reference
+
+INF, NAN = float("inf"), float("nan")
+SCORES = ("softmax", "softmax_topk", "sigmoid", "sqrtsoftplus")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATS = ("weights", "score_sum", "weight_sum", "logsumexp_sq", "entropy_sum")
+#: (T, E, k) around the widths of vectors (2 to 16), of blocks (16 rows), chunks (256) and lists (16 slots, 512 experts)
+SIZES = [
+    (1, 1, 1),
+    (15, 2, 2),
+    (16, 2, 1),
+    (17, 3, 2),
+    (33, 4, 2),
+    (16, 5, 5),
+    (40, 8, 2),
+    (31, 9, 3),
+    (16, 15, 7),
+    (18, 16, 16),
+    (5, 17, 16),
+    (16, 17, 17),
+    (20, 31, 6),
+    (20, 32, 4),
+    (35, 33, 8),
+    (255, 64, 8),
+    (256, 12, 2),
+    (257, 64, 2),
+    (600, 6, 3),
+    (3, 512, 8),
+    (3, 513, 8),
+]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
+
+
+def case(T: int, E: int, k: int, seed: int) -> tuple[Tensor, dict[str, Any]]:
+    """Logits with ties, some of them masked, and any options that blocks take."""
+    r, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    x = torch.randn(T, E, generator=g, dtype=torch.float64) * 2
+    x = ((x * 2).round() / 2 if r.random() < 0.5 else x).to(r.choice(DTYPES))
+    if r.random() < 0.3:
+        x[torch.rand(T, E, generator=g) < 0.1] = -INF
+    if r.random() < 0.2:
+        x[torch.rand(T, E, generator=g) < 0.05] = INF
+    options: dict[str, Any] = {"k": k, "score": r.choice(SCORES), "renormalize": r.random() < 0.5, "scale": 1.5}
+    if r.random() < 0.5:
+        options["selection_bias"] = torch.randn(E, generator=g).to(torch.float32)
+    if r.random() < 0.5:
+        groups = r.choice([n for n in range(1, E + 1) if E % n == 0])
+        kept, best = r.randint(-(-k * groups // E), groups), r.randint(1, E // groups)
+        options |= {"num_groups": groups, "topk_groups": kept, "group_score_experts": best}
+    if r.random() < 0.4:
+        options["mask"] = torch.rand(T, generator=g) < 0.7
+    return x, options
+
+
+def gradient(out: moeyard.Gating, x: Tensor, seed: int) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    used = [getattr(out, name) for name in FLOATS if torch.rand((), generator=g) < 0.7] or [out.weights]
+    upstream = [torch.randn(o.shape, generator=g, dtype=o.dtype) for o in used]
+    return torch.autograd.grad(used, x, upstream)[0]
+
+
+@pytest.mark.parametrize(("T", "E", "k"), SIZES)
+def test_reference_at_every_boundary(T: int, E: int, k: int) -> None:
+    for seed in range(6):
+        x, options = case(T, E, k, seed)
+        got, want = moeyard.topk_gating(x, **options), topk_gating_reference(x, **options)
+        assert torch.equal(got.experts, want.experts), seed
+        assert torch.equal(got.counts, want.counts), seed
+        for name in FLOATS:
+            a, b = getattr(got, name), getattr(want, name)
+            if b.isfinite().all():
+                torch.testing.assert_close(a, b, rtol=3e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize(("T", "E", "k"), SIZES)
+def test_blocks_and_single_rows_give_the_same_bits(T: int, E: int, k: int) -> None:
+    """Forced ids, none of which forces anything, send every row down the path of single rows."""
+    for seed in range(100, 108):
+        x, options = case(T, E, k, seed)
+        nothing = torch.full((T,), -1)
+        block = moeyard.topk_gating(x, **options)
+        single = moeyard.topk_gating(x, forced_experts=nothing, **options)
+        for name in block._fields:
+            assert same_bits(getattr(block, name), getattr(single, name)), (seed, name)
+
+
+@pytest.mark.parametrize(("T", "E", "k"), [size for size in SIZES if size[0] >= 16])
+def test_a_nan_changes_no_other_row(T: int, E: int, k: int) -> None:
+    """A block with a NaN, or with too few candidates, is left to the path of single rows, backward too."""
+    for seed in range(200, 206):
+        x, options = case(T, E, k, seed)
+        hit = torch.arange(T) % 16 == seed % 16
+        broken = x.clone()
+        broken[hit, -1] = NAN
+        broken[hit & (torch.arange(T) % 32 < 16)] = -INF
+        outs, grads = [], []
+        for logits in (x.requires_grad_(), broken.requires_grad_()):
+            outs.append(moeyard.topk_gating(logits, **options))
+            grads.append(gradient(outs[-1], logits, seed))
+        assert same_bits(outs[0].experts[~hit], outs[1].experts[~hit]), seed
+        assert same_bits(outs[0].weights.detach()[~hit], outs[1].weights.detach()[~hit]), seed
+        assert grads[0].isfinite().any()
+        assert same_bits(grads[0][~hit], grads[1][~hit]), seed
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_masked_rows_may_hold_anything(score: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, mask = torch.randn(300, 24, generator=g), torch.rand(300, generator=g) < 0.5
+    clean, dirty = x.clone(), x.clone()
+    dirty[~mask] = torch.tensor([NAN, INF, -INF]).repeat(8)
+    a, b = (
+        moeyard.topk_gating(v.requires_grad_(), 4, score=score, renormalize=True, mask=mask) for v in (clean, dirty)
+    )
+    for name in a._fields:
+        assert same_bits(getattr(a, name).detach(), getattr(b, name).detach()), name
+    assert same_bits(gradient(a, clean, 1), gradient(b, dirty, 1))
+    assert same_bits(moeyard.topk_gating(x[mask], 4, score=score, renormalize=True).weights, b.weights.detach()[mask])
+
+
+_LEVELS_SCRIPT = """
+import hashlib
+from ops.test_topk_gating_lanes import SIZES, case, gradient
+import moeyard, torch
+digest = hashlib.sha256()
+for seed in range(8):
+    for T, E, k in SIZES:
+        x, options = case(T, E, k, 1000 + seed)
+        out = moeyard.topk_gating(x.requires_grad_(), **options)
+        for o in (*out, gradient(out, x, seed)):
+            o = torch.where(o.isnan(), 7.0, o) if o.is_floating_point() else o
+            digest.update(bytes(o.detach().contiguous().reshape(-1).view(torch.uint8).tolist()))
+print(moeyard._native.cpu.simd_best(), digest.hexdigest())
+"""
+
+
+def test_simd_levels_give_the_same_bytes() -> None:
+    def run(level: str) -> list[str]:
+        env = {**os.environ, "MOEYARD_SIMD": level, "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", _LEVELS_SCRIPT]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    best, digest = run("")
+    levels = ["baseline", "avx2", "avx512"]
+    for level in levels[: levels.index(best)]:
+        assert run(level)[1] == digest
