@@ -152,14 +152,14 @@ def digest() -> str:
     """Of all outputs and gradients for a mixture of types, widths and choices."""
     seen = hashlib.sha256()
     for dtype, features, k in itertools.product((torch.float32, torch.float64, *HALVES), (5, 96, 1300), (1, 4, 7)):
-        plan = random_plan(700, k, seed=k, align=8, capacity=300)
+        plan = random_plan(300, k, seed=k, align=8, capacity=130)
         x, y = (
-            random_bits(dtype, 700, features, seed=1),
+            random_bits(dtype, 300, features, seed=1),
             random_bits(dtype, plan.slot_of_row.shape[0], features, seed=2),
         )
-        weights = torch.rand(700, k, generator=generator(3))
+        weights = torch.rand(300, k, generator=generator(3))
         op = torch.ops.moeyard
-        heavy = moeyard.plan_permutation(plan.row_of_slot % 7, 7, capacity=90 * k, drop="weight", weights=weights)
+        heavy = moeyard.plan_permutation(plan.row_of_slot % 7, 7, capacity=40 * k, drop="weight", weights=weights)
         outputs = (
             *heavy,
             moeyard.permute_tokens(x, plan, slot_weights=weights),
@@ -178,9 +178,9 @@ def digest() -> str:
 def test_simd_levels_and_threads_give_the_same_bits() -> None:
     levels = ["baseline", "avx2", "avx512"]
     digests = set()
-    for level, threads in itertools.product(levels[: levels.index(_native.cpu.simd_level()) + 1], ("1", "3")):
+    for level in levels[: levels.index(_native.cpu.simd_best()) + 1]:
         environment = {**os.environ, "MOEYARD_SIMD": level, "PYTHONPATH": os.pathsep.join(sys.path)}
-        command = [sys.executable, "-c", LEVELS, threads]
+        command = [sys.executable, "-c", LEVELS, "3" if level == levels[0] else "1"]
         digests.add(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
     assert len(digests) == 1
 
