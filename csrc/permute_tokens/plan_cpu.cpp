@@ -18,9 +18,7 @@ namespace {
 
 // ---- kernel -----------------------------------------------------------------------------------------------------
 
-// Strips per task. Slots of one expert that follow each other wait for the counter of the slot before; the counters of
-// four strips, visited in turn, do not wait for each other.
-constexpr int64_t kTogether = 4;
+constexpr int64_t kTogether = 4;  // strips per task
 
 // Enough slots per strip that clearing and scanning its counters stays a fraction of the work.
 int64_t strip_length(int64_t slots, int64_t num_experts) {
@@ -42,9 +40,6 @@ struct Work {
   uint32_t* limit;                       // [width] the end of the expert's kept rows, 0 for the unrouted
   uint32_t* first;                       // [width] the first place of the expert's slots, in rows or in `sorted`
   int32_t* sorted;                       // [slots] slots by expert, the unrouted first; by weight only
-
-  // Placing writes one stream per expert and strip: more of them than this collide in the first-level cache.
-  bool places_in_turn() const { return width <= 17; }
 };
 
 struct OutsideRange {
@@ -57,17 +52,28 @@ struct OutsideRange {
   }
 };
 
-// Calls visit(counters of the strip, slot) for the strips of one task: in slot order within a strip, and the strips in
-// turn or one after the other.
+// Calls visit(counters of the strip, slot) for all slots of one task, one strip after the other.
 template <class Visit>
-void walk(const Work& w, int64_t begin, int64_t end, bool in_turn, Visit&& visit) {
+void walk(const Work& w, int64_t begin, int64_t end, Visit&& visit) {
+  constexpr int64_t kUnrolled = 8;  // by hand: so little is done per slot that the loop itself counts
   uint32_t* next = w.next + begin / w.length * w.width;
-  int64_t i = 0;
-  if (in_turn && end - begin > (kTogether - 1) * w.length)
-    for (const int64_t shortest = end - begin - (kTogether - 1) * w.length; i < shortest; ++i)
-      for (int64_t p = 0; p < kTogether; ++p) visit(next + p * w.width, begin + p * w.length + i);
-  for (; begin < end; begin += w.length, next += w.width)
-    for (int64_t s = begin + i, last = std::min(end, begin + w.length); s < last; ++s) visit(next, s);
+  for (int64_t s = begin; s < end; next += w.width) {
+    const int64_t last = std::min(end, s + w.length);
+    for (; s + kUnrolled <= last; s += kUnrolled)
+      for (int64_t j = 0; j < kUnrolled; ++j) visit(next, s + j);
+    for (; s < last; ++s) visit(next, s);
+  }
+}
+
+// Counts the slots of one task, all strips in turn: slots of one expert that follow each other wait for the counter of
+// the slot before, but not for those of other strips. (Placing gains nothing by it, for it would write more streams.)
+template <class Id>
+void count_task(const Work& w, const Id* experts, int64_t begin, int64_t end) {
+  const auto visit = [experts](uint32_t* next, int64_t s) { ++next[experts[s] + 1]; };
+  if (end - begin != kTogether * w.length) return walk(w, begin, end, visit);
+  uint32_t* next = w.next + begin / w.length * w.width;
+  for (int64_t s = begin; s < begin + w.length; ++s)
+    for (int64_t p = 0; p < kTogether; ++p) visit(next + p * w.width, s + p * w.length);
 }
 
 template <class Body>
@@ -84,7 +90,7 @@ bool count(const PlanRequest& q, const Work& w, const Id* experts, int threads) 
     if (run_on_level<OutsideRange>(experts + begin, end - begin, q.num_experts))
       valid = false;
     else
-      walk(w, begin, end, true, [&](uint32_t* next, int64_t s) { ++next[experts[s] + 1]; });
+      count_task(w, experts, begin, end);
   });
   return valid;
 }
@@ -142,7 +148,7 @@ void place_by_position(const Work& w, const PlanArrays& out, const Id* experts, 
     const uint32_t* const limit = w.limit;
     const Id* const ids = experts;
     if (all_kept)
-      return walk(w, begin, end, w.places_in_turn(), [=](uint32_t* next, int64_t s) {
+      return walk(w, begin, end, [=](uint32_t* next, int64_t s) {
         const uint32_t row = next[ids[s] + 1]++;
         row_of_slot[s] = int32_t(row);
         slot_of_row[row] = int32_t(s);
@@ -150,7 +156,7 @@ void place_by_position(const Work& w, const PlanArrays& out, const Id* experts, 
     // Which slots have a row cannot be predicted, so there is no branch: the others write theirs where nobody reads it.
     int32_t nowhere;
     int32_t* const target[] = {&nowhere, slot_of_row};
-    walk(w, begin, end, w.places_in_turn(), [=](uint32_t* next, int64_t s) {
+    walk(w, begin, end, [=](uint32_t* next, int64_t s) {
       const int64_t e = ids[s] + 1;
       const uint32_t row = next[e]++, kept = row < limit[e], mask = 0u - kept;
       row_of_slot[s] = int32_t(row | ~mask);
@@ -227,8 +233,7 @@ void place_by_weight(const PlanRequest& q, const Work& w, const PlanArrays& out,
   for_tasks(w, threads, [&](int64_t begin, int64_t end) {
     int32_t* const sorted = w.sorted;
     const Id* const ids = experts;
-    walk(w, begin, end, w.places_in_turn(),
-         [=](uint32_t* next, int64_t s) { sorted[next[ids[s] + 1]++] = int32_t(s); });
+    walk(w, begin, end, [=](uint32_t* next, int64_t s) { sorted[next[ids[s] + 1]++] = int32_t(s); });
   });
   for (uint32_t i = 0; i < w.routed[0]; ++i) out.row_of_slot[w.sorted[i]] = -1;
   parallel_for(q.num_experts, 1, threads, [&](int64_t e, int64_t) {

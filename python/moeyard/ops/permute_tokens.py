@@ -154,45 +154,51 @@ def _move(
     weights: Tensor | None,
     need_out: bool,
     need_dots: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None]:
     """Permute (`to_rows`) or unpermute `source`, and the dots of its rows with those of `other`, each if needed."""
     source, row_of_slot, slot_of_row = source.contiguous(), row_of_slot.contiguous(), slot_of_row.contiguous()
-    other = None if other is None else other.contiguous()
-    precision = compute_dtype(source.dtype)
-    exact = None if weights is None else weights.to(precision).contiguous()
-    rows = slot_of_row.shape[0] if to_rows else row_of_slot.shape[0]
-    out = source.new_empty((rows, source.shape[1]) if need_out else 0)
-    dots = source.new_empty(row_of_slot.shape if need_dots else 0, dtype=precision)
     plan, threads = _plan_args(row_of_slot, slot_of_row), torch.get_num_threads()
-    if not (need_out or need_dots):
-        return out, dots if weights is None else dots.to(weights.dtype)
+    features = source.shape[1]
+    out = source.new_empty((plan[4] if to_rows else plan[2], features)) if need_out else None
     if to_rows and weights is None:
-        row_bytes = source.shape[1] * source.element_size()
-        _native.cpu.permute_rows(source.data_ptr(), plan, row_bytes, out.data_ptr(), threads)
-    else:
-        kernel = _native.cpu.permute_weighted if to_rows else _native.cpu.unpermute_rows
-        kernel(
-            source.data_ptr(),
-            address(exact),
-            address(other if need_dots else None),
-            plan,
-            source.shape[1],
-            DTYPE_CODE[source.dtype],
-            address(out if need_out else None),
-            address(dots if need_dots else None),
-            threads,
-        )
-    return out, dots if weights is None else dots.to(weights.dtype)
+        if out is not None:
+            _native.cpu.permute_rows(source.data_ptr(), plan, features * source.element_size(), out.data_ptr(), threads)
+        return out, None
+    precision = compute_dtype(source.dtype)
+    dots = source.new_empty(row_of_slot.shape, dtype=precision) if need_dots else None
+    if out is None and dots is None:
+        return None, None
+    other = other.contiguous() if need_dots and other is not None else None
+    if weights is not None and weights.dtype != precision:
+        weights = weights.to(precision)
+    exact = None if weights is None else weights.contiguous()
+    kernel = _native.cpu.permute_weighted if to_rows else _native.cpu.unpermute_rows
+    kernel(
+        source.data_ptr(),
+        address(exact),
+        address(other),
+        plan,
+        features,
+        DTYPE_CODE[source.dtype],
+        address(out),
+        address(dots),
+        threads,
+    )
+    return out, dots
 
 
 def _permute_cpu(x: Tensor, row_of_slot: Tensor, slot_of_row: Tensor, slot_weights: Tensor | None) -> Tensor:
     _validate("x", x, row_of_slot, slot_of_row, slot_weights)
-    return _move(True, x, None, row_of_slot, slot_of_row, slot_weights, True, False)[0]
+    out, _ = _move(True, x, None, row_of_slot, slot_of_row, slot_weights, True, False)
+    assert out is not None
+    return out
 
 
 def _unpermute_cpu(y: Tensor, row_of_slot: Tensor, slot_of_row: Tensor, weights: Tensor | None) -> Tensor:
     _validate("y", y, row_of_slot, slot_of_row, weights)
-    return _move(False, y, None, row_of_slot, slot_of_row, weights, True, False)[0]
+    out, _ = _move(False, y, None, row_of_slot, slot_of_row, weights, True, False)
+    assert out is not None
+    return out
 
 
 def _backward_cpu(name: str) -> Any:
@@ -206,7 +212,12 @@ def _backward_cpu(name: str) -> Any:
         need_weights: bool,
     ) -> tuple[Tensor, Tensor]:
         _validate_backward(name, grad, source, row_of_slot, slot_of_row, weights, need_weights)
-        return _move(name == "y", grad, source, row_of_slot, slot_of_row, weights, need_source, need_weights)
+        out, dots = _move(name == "y", grad, source, row_of_slot, slot_of_row, weights, need_source, need_weights)
+        dtype = compute_dtype(grad.dtype) if weights is None else weights.dtype
+        return (
+            grad.new_empty(0) if out is None else out,
+            grad.new_empty(0, dtype=dtype) if dots is None else dots.to(dtype),
+        )
 
     return backward
 

@@ -118,10 +118,9 @@ def _validate(experts: Tensor, num_experts: Any, capacity: Any, drop: str, weigh
 
 
 def _outputs(experts: Tensor, num_experts: Any, rows: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def ints(*shape: Any) -> Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=experts.device)
-
-    return ints(*experts.shape), ints(rows), ints(num_experts), ints(num_experts), ints()
+    row_of_slot = experts.new_empty(experts.shape, dtype=torch.int32)
+    counts = row_of_slot.new_empty(num_experts)
+    return row_of_slot, row_of_slot.new_empty(rows), counts, torch.empty_like(counts), row_of_slot.new_empty(())
 
 
 def _cpu(
