@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "common/check.hpp"
@@ -10,38 +11,21 @@
 namespace moeyard::cpu {
 namespace {
 
-constexpr int64_t kNodeGrain = 1 << 10;
 constexpr int64_t kEdgeGrain = 1 << 13;
 
 int64_t used(const RadiusEdges& e) { return std::clamp<int64_t>(*e.num_edges, 0, e.capacity); }
 
-/// For every node the edges that name it, in edge order: counting sort, or runs where the ids are sorted already.
-class EdgesOfNode {
- public:
-  EdgesOfNode(const int64_t* ids, int64_t edges, int64_t nodes, const char* role) : start_(size_t(nodes + 1), 0) {
-    sorted_ = true;
-    for (int64_t e = 0; e < edges; ++e) {
-      if (ids[e] < 0 || ids[e] >= nodes)
-        fail_value("edge_index: expected ", role, " ids below ", nodes, ", got ", ids[e], " at edge ", e);
-      sorted_ &= e == 0 || ids[e - 1] <= ids[e];
-      ++start_[size_t(ids[e] + 1)];
-    }
-    for (int64_t i = 0; i < nodes; ++i) start_[size_t(i + 1)] += start_[size_t(i)];
-    if (sorted_) return;
-    std::vector<int64_t> next(start_.begin(), start_.end() - 1);
-    order_.resize(size_t(edges));
-    for (int64_t e = 0; e < edges; ++e) order_[size_t(next[size_t(ids[e])]++)] = e;
-  }
-
-  template <class F>
-  void for_each(int64_t node, F&& f) const {
-    for (int64_t k = start_[size_t(node)]; k < start_[size_t(node + 1)]; ++k) f(sorted_ ? k : order_[size_t(k)]);
-  }
-
- private:
-  bool sorted_;
-  std::vector<int64_t> start_, order_;
-};
+void check_ids(const int64_t* ids, int64_t edges, int64_t nodes, const char* role, int threads) {
+  std::atomic<bool> all{true};
+  parallel_for(edges, kEdgeGrain, threads, [&](int64_t begin, int64_t end) {
+    bool fine = true;
+    for (int64_t e = begin; e < end; ++e) fine &= uint64_t(ids[e]) < uint64_t(nodes);
+    if (!fine) all = false;
+  });
+  for (int64_t e = 0; !all && e < edges; ++e)
+    if (ids[e] < 0 || ids[e] >= nodes)
+      fail_value("edge_index: expected ", role, " ids below ", nodes, ", got ", ids[e], " at edge ", e);
+}
 
 /// The gradient with respect to one edge's vector.
 template <class T>
@@ -67,35 +51,57 @@ void add_outer(const int32_t* s, const Vec3<T>& y, double* sum) {
 void check_graphs(const PointSet& centres) { graph_runs(centres, {"centres", "batch_centres", "ptr_centres"}); }
 
 template <class T>
+void add(T* sum, const Vec3<T>& y) {
+  sum[0] += y.x, sum[1] += y.y, sum[2] += y.z;
+}
+
+/// What edges give to the points [j_begin, j_end) and the centres [i_begin, i_end).
+template <class T>
+struct GradientShare {
+  int64_t j_begin, j_end, i_begin, i_end;
+  T *of_points, *of_centres;
+  double* cell_part;  // of every centre; null without a cell
+
+  void add_edges(const RadiusEdges& edges, int64_t count) const {
+    for (int64_t e = 0; e < count; ++e) {
+      const int64_t i = edges.centre[e], j = edges.neighbour[e];
+      const bool point = j >= j_begin && j < j_end, centre = i >= i_begin && i < i_end;
+      if (!point && !centre) continue;
+      const Vec3<T> y = edge_gradient<T>(edges, e);
+      if (point) add(of_points + 3 * j, y);
+      if (!centre) continue;
+      add(of_centres + 3 * i, y);
+      if (cell_part) add_outer(edges.cell_shift + 3 * e, y, cell_part + 9 * i);
+    }
+  }
+};
+
+template <class T>
 void backward(const RadiusEdges& edges, int64_t num_points, const PointSet& centres, int64_t num_cells, T* grad_points,
               T* grad_centres, T* grad_cell, int threads) {
-  const EdgesOfNode by_neighbour(edges.neighbour, used(edges), num_points, "neighbour");
-  const EdgesOfNode by_centre(edges.centre, used(edges), centres.count, "centre");
+  const int64_t count = used(edges);
+  check_ids(edges.neighbour, count, num_points, "neighbour", threads);
+  check_ids(edges.centre, count, centres.count, "centre", threads);
   std::vector<double> cell_part(grad_cell ? size_t(9 * centres.count) : 0, 0.0);
+  std::vector<T> of_centres(size_t(3 * centres.count), T(0));
+  std::fill_n(grad_points, 3 * num_points, T(0));
 
-  parallel_for(num_points, kNodeGrain, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t j = begin; j < end; ++j) {
-      Vec3<T> sum{0, 0, 0};
-      by_neighbour.for_each(j, [&](int64_t e) {
-        const Vec3<T> y = edge_gradient<T>(edges, e);
-        sum = {sum.x + y.x, sum.y + y.y, sum.z + y.z};
-      });
-      grad_points[3 * j] = sum.x, grad_points[3 * j + 1] = sum.y, grad_points[3 * j + 2] = sum.z;
-    }
+  // Every thread owns a share of the nodes and goes through all edges: each sum is in edge order, however many shares
+  // there are, and no edge has to be sorted by its neighbour.
+  const int64_t shares = count > kEdgeGrain ? std::clamp(threads, 1, 8) : 1;
+  parallel_for(shares, 1, threads, [&](int64_t k, int64_t) {
+    GradientShare<T>{num_points * k / shares,
+                     num_points * (k + 1) / shares,
+                     centres.count * k / shares,
+                     centres.count * (k + 1) / shares,
+                     grad_points,
+                     of_centres.data(),
+                     grad_cell ? cell_part.data() : nullptr}
+        .add_edges(edges, count);
   });
   T* out = grad_centres ? grad_centres : grad_points;
   if (grad_centres) std::fill_n(grad_centres, 3 * centres.count, T(0));
-  parallel_for(centres.count, kNodeGrain, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      Vec3<T> sum{0, 0, 0};
-      by_centre.for_each(i, [&](int64_t e) {
-        const Vec3<T> y = edge_gradient<T>(edges, e);
-        sum = {sum.x + y.x, sum.y + y.y, sum.z + y.z};
-        if (grad_cell) add_outer(edges.cell_shift + 3 * e, y, &cell_part[size_t(9 * i)]);
-      });
-      out[3 * i] -= sum.x, out[3 * i + 1] -= sum.y, out[3 * i + 2] -= sum.z;
-    }
-  });
+  for (int64_t c = 0; c < 3 * centres.count; ++c) out[c] -= of_centres[size_t(c)];
   if (!grad_cell) return;
   check_graphs(centres);
   std::vector<double> total(size_t(9 * (num_cells < 0 ? 1 : num_cells)), 0.0);
