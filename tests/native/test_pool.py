@@ -97,5 +97,5 @@ busy.join()
 
 
 def test_the_interpreter_ends_with_workers_asleep() -> None:
-    for _ in range(5):
+    for _ in range(2):
         in_python(COPY + "copy(3)")
