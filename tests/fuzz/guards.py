@@ -34,9 +34,7 @@ def guarded(garbage: int) -> Iterator[None]:
         yield
     for buffer in buffers:
         for guard in (buffer[:_PAD], buffer[buffer.numel() - _PAD :]):
-            assert bool((guard == garbage).all()), (
-                f"memory around an output of {buffer.numel() - 2 * _PAD} bytes changed"
-            )
+            assert bool((guard == garbage).all()), f"memory beside {buffer.numel() - 2 * _PAD} fresh bytes changed"
 
 
 def _patches(owner: Any, garbage: int, buffers: list[Tensor]) -> dict[str, Any]:

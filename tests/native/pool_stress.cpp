@@ -35,15 +35,18 @@ void pause_a_little(unsigned turns) {
 
 // Plain ints on purpose: a piece done twice, or read before it is done, is a race that ThreadSanitizer reports.
 void every_piece_once(std::mt19937& random) {
-  const int64_t n = 1 + random() % 300, grain = 1 + random() % 20;
+  // Now and then many pieces with nothing in them: all threads are drawing the next one all the time.
+  const bool empty = random() % 4 == 0;
+  const int64_t n = 1 + random() % (empty ? 5000 : 300), grain = empty ? 1 : 1 + random() % 20;
   const int threads = 1 + int(random() % 6);
-  const unsigned turns = random() % 2000;
+  const unsigned turns = empty ? 0 : random() % 2000;
   std::vector<int> done(size_t(n), 0);
   std::mutex mutex;
   std::set<std::thread::id> seen;
   parallel_for(n, grain, threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) ++done[size_t(i)];
     pause_a_little(turns);
+    if (begin % 16) return;
     std::lock_guard<std::mutex> lock(mutex);
     seen.insert(std::this_thread::get_id());
   });
@@ -106,7 +109,7 @@ int main(int argc, char** argv) {
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 1000, forks = argc > 2 ? std::atoi(argv[2]) : 20;
   std::atomic<bool> forking{true};
   std::vector<std::thread> callers;
-  for (unsigned seed = 1; seed <= 6; ++seed)
+  for (unsigned seed = 1; seed <= 4; ++seed)
     callers.emplace_back([&, seed] {
       calls(seed, rounds);
       for (unsigned more = 1; forking; ++more) calls(seed + 10 * more, 10);
@@ -114,5 +117,5 @@ int main(int argc, char** argv) {
   for (int i = 0; i < forks; ++i) fork_and_call(100 + unsigned(i), 3);
   forking = false;
   for (std::thread& caller : callers) caller.join();
-  std::printf("pool_stress: %d rounds in 6 threads, %d forks: clean\n", rounds, forks);
+  std::printf("pool_stress: %d rounds in 4 threads, %d forks: clean\n", rounds, forks);
 }

@@ -36,6 +36,7 @@ def test_compiles_for_arm(source: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.timeout(600)
 def test_same_bits_on_arm(tmp_path: Path) -> None:
     cross, emulator = tool("aarch64-linux-gnu-g++"), tool("qemu-aarch64", "qemu-aarch64-static")
     sources = [ROOT / "tests" / "native" / "kernel_digests.cpp", *(ROOT / s for s in SOURCES if "bind" not in s)]

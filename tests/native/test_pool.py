@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.timeout(300)
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -97,5 +98,5 @@ busy.join()
 
 
 def test_the_interpreter_ends_with_workers_asleep() -> None:
-    for _ in range(5):
+    for _ in range(2):
         in_python(COPY + "copy(3)")
