@@ -13,7 +13,7 @@ help:
 	@echo "make test       the test suite (up to 15 minutes)"
 	@echo "make test-full  also the slow kinds"
 	@echo "make lint       ruff, mypy, clang-format"
-	@echo "make bench      every op beside its peers, into benchmarks/results and the README (about 25 minutes)"
+	@echo "make bench      every op beside its peers, into benchmarks/results and the README (about 20 minutes)"
 	@echo "make bench-quick  the same with smaller sizes and fewer rounds (3 minutes), nothing recorded"
 	@echo "make wheel      a wheel and an sdist in dist/"
 	@echo "make smoke      install the wheel into a fresh environment elsewhere and try it there"
