@@ -33,6 +33,12 @@ def dtype(name: str, value: Tensor, allowed: Collection[torch.dtype]) -> None:
         raise TypeError(f"{name}: expected dtype {expected}, got {str(value.dtype).removeprefix('torch.')}")
 
 
+def rank(name: str, value: Tensor, letters: tuple[str, ...]) -> None:
+    """`shape` for letters alone: any sizes, as many as there are letters."""
+    if value.dim() != len(letters):
+        shape(name, value, letters)
+
+
 def shape(name: str, value: Tensor, expected: Sequence[int | str]) -> None:
     """ValueError unless the shape fits; a letter stands for any size: `shape("x", x, ("T", 3))`."""
     actual = value.shape

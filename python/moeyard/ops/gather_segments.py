@@ -90,8 +90,8 @@ def gather_segments_reference(
 
 
 def _validate_ids(ptr: Tensor, index: Tensor) -> None:
-    _check.shape("ptr", ptr, ["S + 1"])
-    _check.shape("index", index, ["M"])
+    _check.rank("ptr", ptr, ("S + 1",))
+    _check.rank("index", index, ("M",))
     _check.dtype("ptr", ptr, _INTS)
     _check.dtype("index", index, _INTS)
 
@@ -102,9 +102,10 @@ def _validate(values: Tensor, ptr: Tensor, index: Tensor, add: Tensor | None, to
     if values.element_size() not in (1, 2, 4, 8):
         raise TypeError(f"values: expected a dtype of 1, 2, 4 or 8 bytes, got {values.dtype}")
     _validate_ids(ptr, index)
-    _check.same_device("values", values, ptr=ptr, index=index, add=add)
+    _check.same_device("values", values, ptr=ptr, index=index)
     _check.integer("total", total, minimum=0, optional=True)
     if add is not None:
+        _check.same_device("values", values, add=add)
         _check.shape("add", add, [index.shape[0]])
         _check.dtype("add", add, _INTS)
         _check.dtype("values (with add)", values, _ADDABLE)
@@ -124,15 +125,13 @@ def _request(ptr: Tensor, index: Tensor, num_values: int) -> tuple[Any, Tensor, 
     return request, out_ptr, _native.cpu.segments_ptr(request, out_ptr.data_ptr())
 
 
-def _check_size(name: str, rows: int, like: Tensor) -> None:
-    """ValueError where torch could not count the bytes of `rows` rows like those of `like`."""
-    row_bytes = like.element_size() * math.prod(like.shape[1:])
-    if rows * max(row_bytes, 8) > 2**63 - 1:
-        raise ValueError(f"{name}: expected fewer than 2^63 bytes, got {rows} rows of {row_bytes}")
-
-
-def _row_items(x: Tensor) -> int:
-    return math.prod(x.shape[1:]) if x.shape[0] else 0
+def _row_items(name: str, rows: int, like: Tensor) -> int:
+    """Items of a row like those of `like`; ValueError where torch could not count the bytes of `rows` of them."""
+    items = math.prod(like.shape[1:])
+    if rows * max(like.element_size() * items, 8) > 2**63 - 1:
+        size = like.element_size() * items
+        raise ValueError(f"{name}: expected fewer than 2^63 bytes, got {rows} rows of {size}")
+    return items if rows else 0
 
 
 def _cpu(
@@ -145,15 +144,15 @@ def _cpu(
     if total is not None and rows > total:
         raise ValueError(f"total: expected at least {rows} (the rows of the chosen segments), got {total}")
     rows = rows if total is None else total
-    _check_size("index" if total is None else "total", rows, values)
+    row_items = _row_items("index" if total is None else "total", rows, values)
     out = values.new_empty((rows, *values.shape[1:]))
     batch = out_ptr.new_empty(rows)
     _native.cpu.gather_segments(
         request,
         out_ptr.data_ptr(),
         values.data_ptr(),
-        _row_items(out),
-        out.element_size(),
+        row_items,
+        values.element_size(),
         _view(add),
         rows,
         out.data_ptr(),
@@ -188,14 +187,14 @@ def _backward_cpu(grad: Tensor, ptr: Tensor, index: Tensor, num_values: int) -> 
     request, out_ptr, rows = _request(ptr, index, num_values)
     if rows > grad.shape[0]:
         raise ValueError(f"grad: expected at least {rows} rows (those of the chosen segments), got {grad.shape[0]}")
-    _check_size("num_values", num_values, grad)
+    row_items = _row_items("num_values", num_values, grad)
     out = grad.new_empty(num_values, *grad.shape[1:])
     workspace = torch.empty(2 * index.shape[0], dtype=torch.int64)
     _native.cpu.gather_segments_backward(
         request,
         out_ptr.data_ptr(),
         grad.data_ptr(),
-        _row_items(out),
+        row_items,
         DTYPE_CODE[grad.dtype],
         workspace.data_ptr(),
         out.data_ptr(),

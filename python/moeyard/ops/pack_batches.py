@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moeyard import _native
 from moeyard.ops import _check
-from moeyard.ops._register import register
+from moeyard.ops._register import address, register
 
 _SCHEMA = (
     "pack_batches(Tensor sizes, SymInt budget, Tensor? order, Tensor? segments, SymInt? max_samples, Tensor? sizes2,"
@@ -174,20 +174,20 @@ def _validate(
     _check.integer("budget2", budget2, minimum=1, optional=True)
     _check.integer("lookahead", lookahead, minimum=0)
     _check.option("oversize", oversize, _OVERSIZE)
-    _check.shape("sizes", sizes, ["N"])
+    _check.rank("sizes", sizes, ("N",))
     _check.dtype("sizes", sizes, _INTS)
     if (sizes2 is None) != (budget2 is None):
         given, missing = ("budget2", "sizes2") if sizes2 is None else ("sizes2", "budget2")
         raise ValueError(f"{missing}: expected a value together with {given}, got None")
-    for name, value, size in (
-        ("order", order, "L"),
-        ("segments", segments, sizes.shape[0]),
-        ("sizes2", sizes2, sizes.shape[0]),
-    ):
+    for name, value in (("order", order), ("segments", segments), ("sizes2", sizes2)):
         if value is not None:
-            _check.shape(name, value, [size])
+            _check.shape(name, value, ("L",) if name == "order" else sizes.shape)
             _check.dtype(name, value, _INTS)
             _check.same_device("sizes", sizes, **{name: value})
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def _view(x: Tensor | None) -> tuple[int, bool]:
@@ -213,15 +213,14 @@ def _cpu(
     if length > 2**32 - 2:
         raise ValueError(f"order: expected at most 2^32 - 2 samples, got {length}")
     # Held by name until the kernels are done.
-    inputs = [None if t is None else t.contiguous() for t in (sizes, order, segments, sizes2)]
-    sizes_view, order_view, segments_view, sizes2_view = map(_view, inputs)
+    sizes, order, segments, sizes2 = sizes.contiguous(), _contiguous(order), _contiguous(segments), _contiguous(sizes2)
     request = _native.cpu.PackRequest(
-        sizes_view,
+        _view(sizes),
         samples,
-        order_view,
+        _view(order),
         length,
-        segments_view,
-        sizes2_view,
+        _view(segments),
+        _view(sizes2),
         budget,
         budget2 or 0,
         max_samples or _NO_LIMIT,
@@ -229,12 +228,13 @@ def _cpu(
         _OVERSIZE.index(oversize),
     )
     skips = _native.cpu.count_skipped(request)
-    index, skipped = (torch.empty(n, dtype=torch.int64) for n in (length - skips, skips))
-    seen = torch.zeros(0 if order is None else (samples + 7) // 8, dtype=torch.uint8)
-    batch_of_position = torch.empty(length if lookahead else 0, dtype=torch.int32)
-    notes, lists, left = batch_of_position.data_ptr(), index.data_ptr(), skipped.data_ptr()
-    plan = _native.cpu.pack_batches(request, seen.data_ptr(), notes, lists, left)
-    ptr, fill = (torch.empty(n, dtype=torch.int64) for n in (plan.batches + 1, plan.batches))
+    index, skipped = torch.empty(length - skips, dtype=torch.int64), torch.empty(skips, dtype=torch.int64)
+    seen = None if order is None else torch.zeros((samples + 7) // 8, dtype=torch.uint8)
+    batch_of_position = torch.empty(length, dtype=torch.int32) if lookahead else None
+    notes, lists, left = address(batch_of_position), index.data_ptr(), skipped.data_ptr()
+    plan = _native.cpu.pack_batches(request, address(seen), notes, lists, left)
+    batches = plan.batches
+    ptr, fill = index.new_empty(batches + 1), index.new_empty(batches)
     _native.cpu.pack_batches_fill(request, plan, notes, lists, ptr.data_ptr(), fill.data_ptr(), left)
     return index, ptr, fill, skipped
 

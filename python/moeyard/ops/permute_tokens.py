@@ -33,6 +33,7 @@ _UNPERMUTE_BACKWARD = (
     " bool need_weights) -> (Tensor, Tensor)"
 )
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_MAP = (torch.int32,)
 _SUMMED = (*_FLOATS, torch.int32, torch.int64)
 
 
@@ -94,16 +95,19 @@ def _check_plan_type(plan: Any) -> None:
 def _validate(name: str, source: Tensor, row_of_slot: Tensor, slot_of_row: Tensor, weights: Tensor | None) -> None:
     """`source` is x (a row per token) or y (a row per row); `name` says which."""
     weights_name = "slot_weights" if name == "x" else "weights"
-    _check.shape(name, source, ["T" if name == "x" else "R", "H"])
-    _check.shape("plan.row_of_slot", row_of_slot, [source.shape[0] if name == "x" else "T", "k"])
-    _check.shape("plan.slot_of_row", slot_of_row, ["R" if name == "x" else source.shape[0]])
-    for field, value in (("plan.row_of_slot", row_of_slot), ("plan.slot_of_row", slot_of_row)):
-        _check.dtype(field, value, (torch.int32,))
-    _check.same_device(
-        name, source, **{"plan.row_of_slot": row_of_slot, "plan.slot_of_row": slot_of_row, weights_name: weights}
-    )
+    _check.rank(name, source, ("T" if name == "x" else "R", "H"))
+    _check.rank("plan.row_of_slot", row_of_slot, ("T", "k"))
+    if name == "x":
+        _check.shape("plan.row_of_slot", row_of_slot, (source.shape[0], "k"))
+        _check.rank("plan.slot_of_row", slot_of_row, ("R",))
+    else:
+        _check.shape("plan.slot_of_row", slot_of_row, source.shape[:1])
+    _check.dtype("plan.row_of_slot", row_of_slot, _MAP)
+    _check.dtype("plan.slot_of_row", slot_of_row, _MAP)
+    _check.same_device(name, source, **{"plan.row_of_slot": row_of_slot, "plan.slot_of_row": slot_of_row})
     if weights is not None:
-        _check.shape(weights_name, weights, list(row_of_slot.shape))
+        _check.same_device(name, source, **{weights_name: weights})
+        _check.shape(weights_name, weights, row_of_slot.shape)
         _check.dtype(weights_name, weights, _FLOATS)
         _check.dtype(f"{name} (with {weights_name})", source, _FLOATS)
     elif name == "y":

@@ -82,6 +82,8 @@ def plan_rows(tokens: Any, k: Any, num_experts: Any, capacity: Any, align: Any) 
     At most min(E, T*k) experts have rows, and each of them pads at most align - 1 more.
     """
     slots = tokens * k
+    if capacity is None and isinstance(align, int) and align == 1:
+        return slots
     rows = (slots + torch.sym_min(num_experts, slots) * (align - 1)) // align * align
     if capacity is not None:
         rows = torch.sym_min(rows, num_experts * ((capacity + align - 1) // align * align))
@@ -93,7 +95,7 @@ def plan_rows(tokens: Any, k: Any, num_experts: Any, capacity: Any, align: Any) 
 
 def _validate(experts: Tensor, num_experts: Any, capacity: Any, drop: str, weights: Tensor | None, align: Any) -> Any:
     """Checks everything but values; returns R."""
-    _check.shape("experts", experts, ["T", "k"])
+    _check.rank("experts", experts, ("T", "k"))
     _check.dtype("experts", experts, (torch.int32, torch.int64))
     _check.integer("num_experts", num_experts, minimum=1)
     _check.integer("capacity", capacity, minimum=0, optional=True)

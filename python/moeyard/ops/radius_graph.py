@@ -253,7 +253,7 @@ def _validate_set(pos: Tensor, batch: Tensor | None, ptr: Tensor | None, name: s
         _check.same_device(name, pos, **{f"batch{suffix}": batch})
     if ptr is not None:
         _check.dtype(f"ptr{suffix}", ptr, (torch.int64, torch.int32))
-        _check.shape(f"ptr{suffix}", ptr, ["G + 1"])
+        _check.rank(f"ptr{suffix}", ptr, ("G + 1",))
         if ptr.shape[0] == 0:
             raise ValueError(f"ptr{suffix}: expected at least one entry, got none")
         _check.same_device(name, pos, **{f"ptr{suffix}": ptr})

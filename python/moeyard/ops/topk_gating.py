@@ -159,7 +159,7 @@ def _validate(
     forced_weights: str,
 ) -> None:
     _check.dtype("logits", logits, _DTYPES)
-    _check.shape("logits", logits, ["T", "E"])
+    _check.rank("logits", logits, ("T", "E"))
     T, E = logits.shape
     if not 1 <= E <= MAX_EXPERTS:
         raise ValueError(f"logits: expected 1 to {MAX_EXPERTS} experts (columns), got {E}")
@@ -191,7 +191,7 @@ def _validate(
 def _validate_backward(
     logits: Tensor, experts: Tensor, score: str, scale: float, mask: Tensor | None, grads: tuple[Tensor | None, ...]
 ) -> None:
-    _check.shape("logits", logits, ["T", "E"])
+    _check.rank("logits", logits, ("T", "E"))
     _check.dtype("experts", experts, [torch.int32])
     _check.shape("experts", experts, [logits.shape[0], "k"])
     _validate(logits, experts.shape[1], score, None, (None, None, 1), scale, mask, None, "score")
