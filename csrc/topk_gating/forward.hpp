@@ -11,26 +11,50 @@ namespace {
 // Scratch of the row by row path.
 template <class A>
 struct RowScratch {
-  A *e, *score, *key, *group_key, *chosen;
-  int32_t *ids, *order;
+  A *x, *e, *score, *key, *group_key, *chosen;
+  uint64_t* order;
+  int32_t* ids;
 
   RowScratch(Carver& carve, int64_t experts) {
-    for (A** row : {&e, &score, &key, &group_key, &chosen}) *row = carve.take<A>(experts);
-    for (int32_t** row : {&ids, &order}) *row = carve.take<int32_t>(experts);
+    order = carve.take<uint64_t>(experts);
+    for (A** row : {&x, &e, &score, &key, &group_key, &chosen}) *row = carve.take<A>(experts);
+    ids = carve.take<int32_t>(experts);
   }
-  static int64_t bytes(int64_t experts) { return experts * int64_t(5 * sizeof(A) + 2 * sizeof(int32_t)); }
+  static int64_t bytes(int64_t experts) {
+    return experts * int64_t(sizeof(uint64_t) + 6 * sizeof(A) + sizeof(int32_t));
+  }
 };
 
 // Selection values: the raw logit where the score is monotone in it and nothing is added (no rounding can make a tie
 // that is none), else the score; for softmax_topk always the logit. What is no candidate becomes -inf.
-template <class A, class At>
-void selection_keys(const GatingProblem& g, const A* bias, At&& at, const A* score, A* key) {
+template <class A>
+void selection_keys(const GatingProblem& g, const A* bias, const RowScratch<A>& c) {
   constexpr A lowest = -std::numeric_limits<A>::infinity();
-  const bool raw = g.score == Score::softmax_topk || (!bias && g.num_groups == 0);
+  const A* from = selects_raw(g, bias) ? c.x : c.score;
   for (int64_t i = 0; i < g.experts; ++i) {
-    const A x = at(i), value = (raw ? x : score[i]) + (bias ? bias[i] : A(0));
-    key[i] = x > lowest && value > lowest ? value : lowest;
+    const A value = from[i] + (bias ? bias[i] : A(0));
+    c.key[i] = c.x[i] > lowest && value > lowest ? value : lowest;
   }
+}
+
+// The scores that are looked at: all of them, or of the softmax only where they decide; and their statistics.
+template <class A, int W>
+void row_scores(const GatingProblem& g, const A* bias, int64_t lane, const RowSoftmax<A>& row, const RowScratch<A>& c,
+                LaneSums<A, W>& sums) {
+  const int64_t n = g.experts;
+  if (g.score == Score::sigmoid)
+    for (int64_t i = 0; i < n; ++i) c.score[i] = elementwise_score(Score::sigmoid, c.x[i]);
+  else if (g.score == Score::sqrtsoftplus)
+    for (int64_t i = 0; i < n; ++i) c.score[i] = elementwise_score(Score::sqrtsoftplus, c.x[i]);
+  else if (!selects_raw(g, bias))
+    for (int64_t i = 0; i < n; ++i) c.score[i] = c.e[i] / row.sum;
+  const A* seen = is_elementwise(g.score) ? c.score : c.e;
+  const A factor = is_elementwise(g.score) ? A(1) : A(1) / row.sum;
+  const auto add = [&](A* to, int64_t i) { *to += c.x[i] != c.x[i] ? c.x[i] : seen[i] * factor; };
+  if (sums.lanes == 1)
+    for (int64_t i = 0; i < n; ++i) add(sums.score + i, i);
+  else
+    for (int64_t i = 0; i < n; ++i) add(sums.score + i * sums.lanes + lane, i);
 }
 
 template <class A>
@@ -51,19 +75,19 @@ void choose(const GatingProblem& g, const int64_t* forced, RowScratch<A>& c, int
     if (experts[s] < 0) experts[s] = *next++;
 }
 
-template <class A, class At>
-void chosen_weights(const GatingProblem& g, At&& at, const int32_t* experts, RowScratch<A>& c, A* weights) {
+template <class A>
+void chosen_weights(const GatingProblem& g, const int32_t* experts, A softmax_sum, RowScratch<A>& c, A* weights) {
   if (g.unit_weights) {
     std::fill(weights, weights + g.k, A(g.scale / double(g.k)));
     return;
   }
   A* chosen = c.chosen;
   if (g.score == Score::softmax_topk) {
-    const RowSoftmax<A> row = row_softmax<A>(g.k, [&](int64_t s) { return at(experts[s]); }, chosen);
+    const RowSoftmax<A> row = row_softmax<A>(g.k, [&](int64_t s) { return c.x[experts[s]]; }, chosen);
     for (int64_t s = 0; s < g.k; ++s) chosen[s] /= row.sum;
   } else {
     for (int64_t s = 0; s < g.k; ++s) {
-      const A v = c.score[experts[s]];
+      const A v = g.score == Score::softmax ? c.e[experts[s]] / softmax_sum : c.score[experts[s]];
       chosen[s] = v == v ? v : A(0);
     }
   }
@@ -77,18 +101,12 @@ void chosen_weights(const GatingProblem& g, At&& at, const int32_t* experts, Row
 template <class A, class T, int W>
 void gate_row(const GatingProblem& g, const T* logits, const A* bias, const int64_t* forced, int64_t lane,
               RowScratch<A>& c, LaneSums<A, W>& sums, int32_t* counts, A* weights, int32_t* experts) {
-  const auto at = [&](int64_t i) { return A(to_float(logits[i])); };
-  const RowSoftmax<A> row = row_softmax<A>(g.experts, at, c.e);
-  const bool elementwise = is_elementwise(g.score);
-  const A factor = elementwise ? A(1) : A(1) / row.sum;
-  for (int64_t i = 0; i < g.experts; ++i) {
-    const A x = at(i);
-    c.score[i] = x != x ? x : elementwise ? elementwise_score(g.score, x) : c.e[i] / row.sum;
-    sums.score[i * sums.lanes + lane] += x != x ? x : (elementwise ? c.score[i] : c.e[i]) * factor;
-  }
-  selection_keys(g, bias, at, c.score, c.key);
+  for (int64_t i = 0; i < g.experts; ++i) c.x[i] = to_float(logits[i]);
+  const RowSoftmax<A> row = row_softmax<A>(g.experts, [&](int64_t i) { return c.x[i]; }, c.e);
+  row_scores(g, bias, lane, row, c, sums);
+  selection_keys(g, bias, c);
   choose(g, forced, c, experts);
-  chosen_weights(g, at, experts, c, weights);
+  chosen_weights(g, experts, row.sum, c, weights);
   for (int64_t s = 0; s < g.k; ++s) sums.weight[experts[s] * sums.lanes + lane] += weights[s], ++counts[experts[s]];
   sums.add_row_scalars(lane, row);
 }

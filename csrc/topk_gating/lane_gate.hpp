@@ -26,7 +26,7 @@ class LaneGate {
 
  public:
   LaneGate(const GatingProblem& g, const GatingInputs& in, const GatingOutputs& out, Carver& carve)
-      : g_(g), in_(in), out_(out), raw_(g.score == Score::softmax_topk || (!in.bias && g.num_groups == 0)) {
+      : g_(g), in_(in), out_(out), raw_(selects_raw(g, in.bias)) {
     x_ = carve.take<A>(g.experts * W), e_ = carve.take<A>(g.experts * W), group_key_ = carve.take<A>(g.num_groups * W);
     best_ = carve.take<A>(kNetworkSlots * W), weight_ = carve.take<A>(kNetworkSlots * W);
     id_ = carve.take<Word>(kNetworkSlots * W);

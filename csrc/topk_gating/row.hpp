@@ -41,18 +41,23 @@ template <class A, class At>
 RowSoftmax<A> row_softmax(int64_t n, At&& at, A* e) {
   using score_math::capped;
   RowSoftmax<A> row;
-  A max = -std::numeric_limits<A>::infinity();
-  for (int64_t i = 0; i < n; ++i) {
-    const A v = at(i);
-    row.has_nan |= v != v;
-    max = v > max ? v : max;
-  }
+  // As many maxima as row_sum has sums, so that the compiler makes vectors of them.
+  A top[kPartials];
+  int has_nan = 0;
+  std::fill(top, top + kPartials, -std::numeric_limits<A>::infinity());
+  const auto see = [&](int l, A v) { has_nan |= v != v, top[l] = v > top[l] ? v : top[l]; };
+  int64_t i = 0;
+  for (; i + kPartials <= n; i += kPartials)
+    for (int l = 0; l < kPartials; ++l) see(l, at(i + l));
+  for (int l = 0; i + l < n; ++l) see(l, at(i + l));
+  const A max = *std::max_element(top, top + kPartials);
+  row.has_nan = has_nan != 0;
   if (!(max > -std::numeric_limits<A>::infinity())) {
     std::fill(e, e + n, A(0));
     return row;
   }
   row.max = capped(max);
-  for (int64_t i = 0; i < n; ++i) {
+  for (i = 0; i < n; ++i) {
     const A v = at(i);
     e[i] = v == v ? score_math::exp_nonpositive(capped(v) - row.max) : A(0);
   }
@@ -75,6 +80,11 @@ template <class A>
 MOEYARD_INLINE A elementwise_slope(Score kind, A x) {
   x = score_math::capped(x);
   return kind == Score::sigmoid ? score_math::sigmoid_slope(x) : score_math::sqrtsoftplus_slope(x);
+}
+
+/// Whether the choice is made on the logits themselves.
+inline bool selects_raw(const GatingProblem& g, const void* bias) {
+  return g.score == Score::softmax_topk || (!bias && g.num_groups == 0);
 }
 
 inline bool is_elementwise(Score kind) { return kind == Score::sigmoid || kind == Score::sqrtsoftplus; }

@@ -3,7 +3,9 @@
 // so fill-ups come last, lowest index first. -0 and +0 are equal.
 #pragma once
 #include <algorithm>
+#include <bit>
 #include <cstdint>
+#include <functional>
 #include <limits>
 
 namespace moeyard::cpu {
@@ -17,6 +19,15 @@ void select_by_insertion(const A* key, int64_t n, int64_t m, int32_t* ids) {
   A best[kInsertionLimit];
   int64_t have = 0;
   for (int64_t i = 0; i < n; ++i) {
+    // Once the list is full most keys are too low: these are passed over as vectors.
+    if (constexpr int64_t step = 32; have == m && i % step == 0 && i + step <= n) {
+      int any = 0;
+      for (int64_t j = i; j < i + step; ++j) any |= key[j] > best[m - 1];
+      if (!any) {
+        i += step - 1;
+        continue;
+      }
+    }
     const A v = key[i];
     // A later index loses a tie, hence >; NaN fails both comparisons.
     if (!(have < m ? v == v : v > best[m - 1])) continue;
@@ -26,18 +37,31 @@ void select_by_insertion(const A* key, int64_t n, int64_t m, int32_t* ids) {
   }
 }
 
-/// Writes the ids of the best m of n keys in order; at least m keys must not be NaN. `order` is scratch for n ids.
+// Keys with their ids in one number, in ascending order from the best.
+inline uint64_t packed(float key, int64_t id) {
+  const uint32_t bits = std::bit_cast<uint32_t>(key + 0.0f);  // -0 becomes +0
+  const uint32_t descending = bits & 0x80000000u ? bits : ~bits & 0x7fffffffu;
+  return uint64_t(descending) << 32 | uint64_t(id);
+}
+
+/// Writes the ids of the best m of n keys in order; at least m keys must not be NaN. `order` is scratch for n numbers.
 template <class A>
-void select_top(const A* key, int64_t n, int64_t m, int32_t* ids, int32_t* order) {
+void select_top(const A* key, int64_t n, int64_t m, int32_t* ids, uint64_t* order) {
   if (m <= 0) return;
   if (m <= kInsertionLimit) return select_by_insertion(key, n, m, ids);
-  int32_t* end = order;
-  for (int64_t i = 0; i < n; ++i)
-    if (key[i] == key[i]) *end++ = int32_t(i);
-  const auto better = [key](int32_t a, int32_t b) { return key[a] > key[b] || (key[a] == key[b] && a < b); };
-  if (order + m < end) std::nth_element(order, order + m, end, better);
-  std::sort(order, order + m, better);
-  std::copy(order, order + m, ids);
+  const auto sort = [&](auto better, auto entry) {
+    uint64_t* end = order;
+    for (int64_t i = 0; i < n; ++i)
+      if (key[i] == key[i]) *end++ = entry(i);
+    if (order + m < end) std::nth_element(order, order + m, end, better);
+    std::sort(order, order + m, better);
+    for (int64_t i = 0; i < m; ++i) ids[i] = int32_t(order[i]);
+  };
+  if constexpr (sizeof(A) == 4)
+    sort(std::less<>(), [key](int64_t i) { return packed(key[i], i); });
+  else
+    sort([key](uint64_t a, uint64_t b) { return key[a] > key[b] || (key[a] == key[b] && a < b); },
+         [](int64_t i) { return uint64_t(i); });
 }
 
 /// Group-limited selection (DeepSeek-V3, arXiv:2412.19437, section 2.1.2): a group's value is the sum of its best
@@ -45,7 +69,7 @@ void select_top(const A* key, int64_t n, int64_t m, int32_t* ids, int32_t* order
 /// Scratch: group_key[num_groups], ids[n], order[n].
 template <class A>
 void limit_to_groups(A* key, int64_t n, int64_t num_groups, int64_t topk_groups, int64_t best_of, A* group_key,
-                     int32_t* ids, int32_t* order) {
+                     int32_t* ids, uint64_t* order) {
   using Limits = std::numeric_limits<A>;
   const int64_t size = n / num_groups;
   for (int64_t g = 0; g < num_groups; ++g) {
