@@ -18,11 +18,9 @@ namespace {
 
 // ---- kernel -----------------------------------------------------------------------------------------------------
 
-constexpr int64_t kTogether = 4;  // strips per task
-
 // Enough slots per strip that clearing and scanning its counters stays a fraction of the work.
 int64_t strip_length(int64_t slots, int64_t num_experts) {
-  constexpr int64_t kLeast = 1 << 13, kMostStrips = 256;
+  constexpr int64_t kLeast = 1 << 15, kMostStrips = 64;
   return std::max({kLeast, 4 * num_experts, (slots + kMostStrips - 1) / kMostStrips});
 }
 
@@ -52,33 +50,20 @@ struct OutsideRange {
   }
 };
 
-// Calls visit(counters of the strip, slot) for all slots of one task, one strip after the other.
+// Calls visit(counters, slot) for the slots [begin, end) of one strip.
 template <class Visit>
-void walk(const Work& w, int64_t begin, int64_t end, Visit&& visit) {
+MOEYARD_INLINE void walk(const Work& w, int64_t begin, int64_t end, Visit&& visit) {
   constexpr int64_t kUnrolled = 8;  // by hand: so little is done per slot that the loop itself counts
-  uint32_t* next = w.next + begin / w.length * w.width;
-  for (int64_t s = begin; s < end; next += w.width) {
-    const int64_t last = std::min(end, s + w.length);
-    for (; s + kUnrolled <= last; s += kUnrolled)
-      for (int64_t j = 0; j < kUnrolled; ++j) visit(next, s + j);
-    for (; s < last; ++s) visit(next, s);
-  }
-}
-
-// Counts the slots of one task, all strips in turn: slots of one expert that follow each other wait for the counter of
-// the slot before, but not for those of other strips. (Placing gains nothing by it, for it would write more streams.)
-template <class Id>
-void count_task(const Work& w, const Id* experts, int64_t begin, int64_t end) {
-  const auto visit = [experts](uint32_t* next, int64_t s) { ++next[experts[s] + 1]; };
-  if (end - begin != kTogether * w.length) return walk(w, begin, end, visit);
-  uint32_t* next = w.next + begin / w.length * w.width;
-  for (int64_t s = begin; s < begin + w.length; ++s)
-    for (int64_t p = 0; p < kTogether; ++p) visit(next + p * w.width, s + p * w.length);
+  uint32_t* const next = w.next + begin / w.length * w.width;
+  int64_t s = begin;
+  for (; s + kUnrolled <= end; s += kUnrolled)
+    for (int64_t j = 0; j < kUnrolled; ++j) visit(next, s + j);
+  for (; s < end; ++s) visit(next, s);
 }
 
 template <class Body>
-void for_tasks(const Work& w, int threads, Body&& body) {
-  parallel_for(w.slots, kTogether * w.length, threads, body);
+void for_strips(const Work& w, int threads, Body&& body) {
+  parallel_for(w.slots, w.length, threads, body);
 }
 
 // Counts every strip's slots per expert; false if an id is out of range.
@@ -86,11 +71,11 @@ template <class Id>
 bool count(const PlanRequest& q, const Work& w, const Id* experts, int threads) {
   std::fill(w.next, w.next + w.strips * w.width, 0u);
   std::atomic<bool> valid{true};
-  for_tasks(w, threads, [&](int64_t begin, int64_t end) {
+  for_strips(w, threads, [&](int64_t begin, int64_t end) {
     if (run_on_level<OutsideRange>(experts + begin, end - begin, q.num_experts))
       valid = false;
     else
-      count_task(w, experts, begin, end);
+      walk(w, begin, end, [experts](uint32_t* next, int64_t s) { ++next[experts[s] + 1]; });
   });
   return valid;
 }
@@ -142,7 +127,7 @@ template <class Id>
 void place_by_position(const Work& w, const PlanArrays& out, const Id* experts, int threads) {
   start_at_first(w);
   const bool all_kept = *out.dropped == 0 && w.routed[0] == 0;
-  for_tasks(w, threads, [&](int64_t begin, int64_t end) {
+  for_strips(w, threads, [&](int64_t begin, int64_t end) {
     // Copies that no store can alias, so that they stay in registers.
     int32_t *const row_of_slot = out.row_of_slot, *const slot_of_row = out.slot_of_row;
     const uint32_t* const limit = w.limit;
@@ -230,7 +215,7 @@ template <class Id>
 void place_by_weight(const PlanRequest& q, const Work& w, const PlanArrays& out, const Id* experts, int threads) {
   for (int64_t e = 0, start = 0; e < w.width; start += w.routed[e++]) w.first[e] = uint32_t(start);
   start_at_first(w);
-  for_tasks(w, threads, [&](int64_t begin, int64_t end) {
+  for_strips(w, threads, [&](int64_t begin, int64_t end) {
     int32_t* const sorted = w.sorted;
     const Id* const ids = experts;
     walk(w, begin, end, [=](uint32_t* next, int64_t s) { sorted[next[ids[s] + 1]++] = int32_t(s); });
