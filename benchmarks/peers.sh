@@ -20,15 +20,5 @@ try axolotl pip --no-deps axolotl
 try torch_cluster env MAX_JOBS="${MAX_JOBS:-2}" FORCE_CUDA=0 \
   "$python" -m pip --disable-pip-version-check -q install -c constraints.txt --no-build-isolation --no-deps torch_cluster
 
-# One Python file, published on GitHub alone.
-multipack=build/peers/multipack_sampler
-if [ ! -f $multipack/multipack_sampler.py ]; then
-  echo "peer multipack"
-  { git clone -q https://github.com/imoneoi/multipack_sampler $multipack.tmp &&
-    git -C $multipack.tmp checkout -q 71f0dd557b4476957d4a1a0615c6058da2b94bb4 &&
-    mv $multipack.tmp $multipack; } || echo "peer multipack: not available, its rows will say so"
-  rm -rf $multipack.tmp
-fi
-
-# pyg-lib and tonari have to be built by hand; the benchmarks use them where they are installed.
+# pyg-lib, tonari and multipack_sampler are not on PyPI; the benchmarks use them where they are installed.
 exit 0
