@@ -1,7 +1,7 @@
 """Peers that may or may not be installed, and how each is asked for what we return. Their code is never ours.
 
 `make bench` installs those that pip has (the `bench` extra and peers.sh). Others exist as source only: tonari and
-pyg-lib are used where they can be imported; multipack_sampler's single file is looked for in build/peers/multipack_sampler.
+pyg-lib are used where they can be imported; multipack_sampler's single file in build/peers/multipack_sampler.
 """
 
 from __future__ import annotations
