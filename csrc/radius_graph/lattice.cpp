@@ -169,6 +169,11 @@ Images<T> make_images(const Lattice& lattice, const Wrapped& points, const Wrapp
   Images<T> images;
   images.slack = rounding(lattice, points, centres, radius, double(std::numeric_limits<T>::epsilon()));
   images.slack += underflow_length<T>();
+  // Images would be made for the rounding alone, more the farther off the points are.
+  if (!(images.slack <= std::max(radius, lattice.shortest())))
+    fail_value("pos: expected coordinates near enough to the cell that their rounding, here up to ", images.slack,
+               ", stays below the distance (", radius, ") or the shortest cell vector (", lattice.shortest(),
+               "); move them into the cell");
   const double reach = radius * (1 + 1e-5) + images.slack;
   const Bounds near = bounds_of(centres);
   double low[3], high[3], total = double(points.floor.size());

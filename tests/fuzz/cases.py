@@ -156,10 +156,8 @@ def _moved_backward(h: Hostile, permuting: bool) -> Arguments:
 # ---- edges ----------------------------------------------------------------------------------------------------------
 
 
-def _coordinates(h: Hostile, n: int, dtype: torch.dtype, *, periodic: bool) -> Tensor:
-    """Periodic ones stay where the rounding of the coordinates is small beside the cell: beyond, the number of images
-    that can matter fills the memory."""
-    if h.rarely(6) and not periodic:
+def _coordinates(h: Hostile, n: int, dtype: torch.dtype) -> Tensor:
+    if h.rarely(6):
         return h.floats([n, 3], dtype)
     kind = h.pick("cloud", "lattice", "line", "far away", "clusters")
     x = h.uniform(n, 3) * 6
@@ -168,9 +166,9 @@ def _coordinates(h: Hostile, n: int, dtype: torch.dtype, *, periodic: bool) -> T
     elif kind == "line":
         x[:, 1:] = 0.25
     elif kind == "far away":
-        x = x + (h.pick(1e3, 1e5) if periodic else h.pick(1e3, 1e6, 1e15))
+        x = x + h.pick(1e3, 1e6, 1e15)
     elif kind == "clusters" and n:
-        x[: n // 2] += h.pick(1e2, 1e4) if periodic else h.pick(1e2, 1e8, 1e18)
+        x[: n // 2] += h.pick(1e2, 1e8, 1e18)
     return h.laid_out(x.to(dtype))
 
 
@@ -212,7 +210,7 @@ def radius_graph(h: Hostile) -> Arguments:
     dtype, box_dtype = h.pick(torch.float32, torch.float64), h.pick(torch.float32, torch.float64)
     box = _box(h, dtype if not h.rarely(20) else box_dtype)
     n = h.size(12, 24) if box else h.size(30, 500)
-    arguments = {"pos": _coordinates(h, n, dtype, periodic=bool(box)), "r": _cutoff(h), **_graphs(h, n), **box}
+    arguments = {"pos": _coordinates(h, n, dtype), "r": _cutoff(h), **_graphs(h, n), **box}
     if h.rarely(3):
         arguments["max_num_neighbors"] = h.pick(4, 1, 64, 2**62)
         arguments["symmetric"] = h.pick(False, True)
@@ -234,8 +232,8 @@ def radius(h: Hostile) -> Arguments:
     box = _box(h, dtype)
     n, m = (h.size(12, 20), h.size(12, 20)) if box else (h.size(30, 300), h.size(30, 300))
     sets = {
-        "x": _coordinates(h, n, dtype, periodic=bool(box)),
-        "y": _coordinates(h, m, dtype, periodic=bool(box)),
+        "x": _coordinates(h, n, dtype),
+        "y": _coordinates(h, m, dtype),
         "r": _cutoff(h),
     }
     limit = {"max_num_neighbors": h.pick(4, 1, 64, 2**62)} if h.rarely(3) else {}
@@ -247,7 +245,7 @@ def knn_graph(h: Hostile) -> Arguments:
     box = _box(h, dtype)
     n = h.size(10, 16) if box else h.size(30, 400)
     arguments = {
-        "pos": _coordinates(h, n, dtype, periodic=bool(box)),
+        "pos": _coordinates(h, n, dtype),
         "k": h.number(1, 20) if box else h.pick(3, 1, 2, 8, 20, 1000),
     }
     return arguments | _graphs(h, n) | box | _options(h)

@@ -117,6 +117,7 @@ def with_row(value: float) -> Tensor:
         (lambda: moeyard.radius_graph(P, 1e9, cell=EYE), ValueError, r"cell: expected fewer than 2\^31"),
         (lambda: moeyard.knn_graph(P, 10**12, cell=EYE), ValueError, r"cell: expected fewer than 2\^31"),
         (lambda: moeyard.radius_graph(P * 1e30, 1.0, cell=EYE), ValueError, r"pos: .* within 2\^28 cells"),
+        (lambda: moeyard.radius_graph(P * 1e7, 1.0, cell=EYE), ValueError, r"pos: expected coordinates near enough"),
     ],
 )  # fmt: skip
 def test_hostile_input(call: Callable[[], Any], error: Any, message: str) -> None:
