@@ -5,6 +5,7 @@
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,bmi,bmi2,lzcnt,popcnt"))), apply_to = function)
 #else
+#pragma GCC push_options
 #pragma GCC target("avx2,bmi,bmi2,lzcnt,popcnt")
 #endif
 #include "topk_gating/level_kernels.hpp"
@@ -13,5 +14,7 @@ const moeyard::cpu::GatingKernels moeyard::cpu::kGatingAvx2 = moeyard::cpu::leve
 
 #ifdef __clang__
 #pragma clang attribute pop
+#else
+#pragma GCC pop_options
 #endif
 #endif

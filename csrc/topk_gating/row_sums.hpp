@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t kRowsPerFold = 16;  // of each lane
 
 /// Above this number of experts rows are taken one by one, and a sum has a single lane.
-constexpr int64_t kLaneExperts = 512, kSumLanes = 16;
+constexpr int64_t kLaneExperts = 1024, kSumLanes = 16;
 constexpr int64_t sum_lanes(int64_t experts) { return experts <= kLaneExperts ? kSumLanes : 1; }
 
 /// The sums of the rows since the last fold: [E][lanes], [E][lanes], [2][lanes]. Where experts and slots are few,

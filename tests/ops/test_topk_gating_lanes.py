@@ -19,7 +19,7 @@ INF, NAN = float("inf"), float("nan")
 SCORES = ("softmax", "softmax_topk", "sigmoid", "sqrtsoftplus")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FLOATS = ("weights", "score_sum", "weight_sum", "logsumexp_sq", "entropy_sum")
-#: (T, E, k) around the widths of vectors (2 to 16), of blocks (16 rows), chunks (256) and lists (16 slots, 512 experts)
+#: (T, E, k) around the widths of vectors (2 to 16), blocks (16 rows), chunks (256) and lists (16 slots, 1024 experts)
 SIZES = [
     (1, 1, 1),
     (15, 2, 2),
@@ -40,8 +40,8 @@ SIZES = [
     (256, 12, 2),
     (257, 64, 2),
     (600, 6, 3),
-    (3, 512, 8),
-    (3, 513, 8),
+    (3, 1024, 8),
+    (3, 1025, 8),
 ]
 
 
