@@ -18,9 +18,11 @@ namespace {
 
 // ---- kernel -----------------------------------------------------------------------------------------------------
 
+constexpr int64_t kTogether = 4;  // strips per task
+
 // Enough slots per strip that clearing and scanning its counters stays a fraction of the work.
 int64_t strip_length(int64_t slots, int64_t num_experts) {
-  constexpr int64_t kLeast = 1 << 15, kMostStrips = 64;
+  constexpr int64_t kLeast = 1 << 13, kMostStrips = 256;
   return std::max({kLeast, 4 * num_experts, (slots + kMostStrips - 1) / kMostStrips});
 }
 
@@ -50,20 +52,29 @@ struct OutsideRange {
   }
 };
 
-// Calls visit(counters, slot) for the slots [begin, end) of one strip.
+// Calls visit(counters of the strip, slot) for the slots of one task: in slot order within a strip, and the strips one
+// after the other or in turn. In turn, the counter of a slot need not wait for that of the slot before; but where
+// slots are also placed, four times as many streams of writes cost more than that saves.
 template <class Visit>
-MOEYARD_INLINE void walk(const Work& w, int64_t begin, int64_t end, Visit&& visit) {
+void walk(const Work& w, int64_t begin, int64_t end, bool in_turn, Visit&& visit) {
   constexpr int64_t kUnrolled = 8;  // by hand: so little is done per slot that the loop itself counts
-  uint32_t* const next = w.next + begin / w.length * w.width;
-  int64_t s = begin;
-  for (; s + kUnrolled <= end; s += kUnrolled)
-    for (int64_t j = 0; j < kUnrolled; ++j) visit(next, s + j);
-  for (; s < end; ++s) visit(next, s);
+  uint32_t* next = w.next + begin / w.length * w.width;
+  int64_t i = 0;
+  if (in_turn && end - begin > (kTogether - 1) * w.length)
+    for (const int64_t shortest = end - begin - (kTogether - 1) * w.length; i < shortest; ++i)
+      for (int64_t p = 0; p < kTogether; ++p) visit(next + p * w.width, begin + p * w.length + i);
+  for (; begin < end; begin += w.length, next += w.width) {
+    int64_t s = begin + i;
+    const int64_t last = std::min(end, begin + w.length);
+    for (; s + kUnrolled <= last; s += kUnrolled)
+      for (int64_t j = 0; j < kUnrolled; ++j) visit(next, s + j);
+    for (; s < last; ++s) visit(next, s);
+  }
 }
 
 template <class Body>
-void for_strips(const Work& w, int threads, Body&& body) {
-  parallel_for(w.slots, w.length, threads, body);
+void for_tasks(const Work& w, int threads, Body&& body) {
+  parallel_for(w.slots, kTogether * w.length, threads, body);
 }
 
 // Counts every strip's slots per expert; false if an id is out of range.
@@ -71,11 +82,11 @@ template <class Id>
 bool count(const PlanRequest& q, const Work& w, const Id* experts, int threads) {
   std::fill(w.next, w.next + w.strips * w.width, 0u);
   std::atomic<bool> valid{true};
-  for_strips(w, threads, [&](int64_t begin, int64_t end) {
+  for_tasks(w, threads, [&](int64_t begin, int64_t end) {
     if (run_on_level<OutsideRange>(experts + begin, end - begin, q.num_experts))
       valid = false;
     else
-      walk(w, begin, end, [experts](uint32_t* next, int64_t s) { ++next[experts[s] + 1]; });
+      walk(w, begin, end, true, [&](uint32_t* next, int64_t s) { ++next[experts[s] + 1]; });
   });
   return valid;
 }
@@ -127,13 +138,13 @@ template <class Id>
 void place_by_position(const Work& w, const PlanArrays& out, const Id* experts, int threads) {
   start_at_first(w);
   const bool all_kept = *out.dropped == 0 && w.routed[0] == 0;
-  for_strips(w, threads, [&](int64_t begin, int64_t end) {
+  for_tasks(w, threads, [&](int64_t begin, int64_t end) {
     // Copies that no store can alias, so that they stay in registers.
     int32_t *const row_of_slot = out.row_of_slot, *const slot_of_row = out.slot_of_row;
     const uint32_t* const limit = w.limit;
     const Id* const ids = experts;
     if (all_kept)
-      return walk(w, begin, end, [=](uint32_t* next, int64_t s) {
+      return walk(w, begin, end, false, [=](uint32_t* next, int64_t s) {
         const uint32_t row = next[ids[s] + 1]++;
         row_of_slot[s] = int32_t(row);
         slot_of_row[row] = int32_t(s);
@@ -141,7 +152,7 @@ void place_by_position(const Work& w, const PlanArrays& out, const Id* experts, 
     // Which slots have a row cannot be predicted, so there is no branch: the others write theirs where nobody reads it.
     int32_t nowhere;
     int32_t* const target[] = {&nowhere, slot_of_row};
-    walk(w, begin, end, [=](uint32_t* next, int64_t s) {
+    walk(w, begin, end, false, [=](uint32_t* next, int64_t s) {
       const int64_t e = ids[s] + 1;
       const uint32_t row = next[e]++, kept = row < limit[e], mask = 0u - kept;
       row_of_slot[s] = int32_t(row | ~mask);
@@ -215,10 +226,10 @@ template <class Id>
 void place_by_weight(const PlanRequest& q, const Work& w, const PlanArrays& out, const Id* experts, int threads) {
   for (int64_t e = 0, start = 0; e < w.width; start += w.routed[e++]) w.first[e] = uint32_t(start);
   start_at_first(w);
-  for_strips(w, threads, [&](int64_t begin, int64_t end) {
+  for_tasks(w, threads, [&](int64_t begin, int64_t end) {
     int32_t* const sorted = w.sorted;
     const Id* const ids = experts;
-    walk(w, begin, end, [=](uint32_t* next, int64_t s) { sorted[next[ids[s] + 1]++] = int32_t(s); });
+    walk(w, begin, end, false, [=](uint32_t* next, int64_t s) { sorted[next[ids[s] + 1]++] = int32_t(s); });
   });
   for (uint32_t i = 0; i < w.routed[0]; ++i) out.row_of_slot[w.sorted[i]] = -1;
   parallel_for(q.num_experts, 1, threads, [&](int64_t e, int64_t) {

@@ -224,8 +224,8 @@ def assert_plan(ids: Tensor, experts: int, capacity: int | None, align: int, wei
     assert int(got.dropped) == int(dropped)
 
 
-# A strip has 2^15 slots, or 4 E, or a 64th of all, and is walked eight slots at a time.
-@pytest.mark.parametrize("slots", [1, 7, 8, 9, 24_577, 32_767, 32_768, 32_769, 65_545, 140_001])
+# A strip has 2^13 slots, or 4 E, or a 256th of all; a task has four strips and takes eight slots at a time.
+@pytest.mark.parametrize("slots", [1, 7, 8, 9, 8193, 24_576, 24_577, 32_768, 32_769, 57_345, 140_001])
 @pytest.mark.parametrize("experts", [1, 16, 17, 64])
 @pytest.mark.parametrize("unrouted", [False, True])
 def test_plans_of_any_number_of_strips(slots: int, experts: int, unrouted: bool) -> None:
