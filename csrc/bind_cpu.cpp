@@ -163,31 +163,30 @@ PYBIND11_MODULE(_cpu, m) {
            }),
            "dtype"_a, "rows"_a, "experts"_a, "k"_a, "score"_a, "renormalize"_a, "scale"_a, "num_groups"_a = 0,
            "topk_groups"_a = 0, "group_score_experts"_a = 0, "forced_slots"_a = 0, "unit_weights"_a = false);
-  m.def("topk_gating_workspace", &moeyard::cpu::topk_gating_workspace, "problem"_a);
   m.def(
       "topk_gating",
       [](const moeyard::GatingProblem& problem, Address logits, Address bias, Address mask, Address forced,
          Address weights, Address experts, Address counts, Address score_sum, Address weight_sum, Address logsumexp_sq,
-         Address entropy_sum, Address workspace, int threads) {
+         Address entropy_sum, int threads) {
         moeyard::cpu::topk_gating(problem, {at(logits), at(bias), at<uint8_t>(mask), at<int64_t>(forced)},
                                   {at(weights), at<int32_t>(experts), at<int32_t>(counts), at(score_sum),
                                    at(weight_sum), at(logsumexp_sq), at(entropy_sum)},
-                                  at(workspace), threads);
+                                  threads);
       },
       "problem"_a, "logits"_a, "bias"_a, "mask"_a, "forced"_a, "weights"_a, "experts"_a, "counts"_a, "score_sum"_a,
-      "weight_sum"_a, "logsumexp_sq"_a, "entropy_sum"_a, "workspace"_a, "threads"_a, NoGil());
+      "weight_sum"_a, "logsumexp_sq"_a, "entropy_sum"_a, "threads"_a, NoGil());
   m.def(
       "topk_gating_backward",
       [](const moeyard::GatingProblem& problem, Address logits, Address experts, Address mask, Address grad_weights,
          Address grad_score_sum, Address grad_weight_sum, Address grad_logsumexp_sq, Address grad_entropy_sum,
-         Address grad_logits, Address workspace, int threads) {
+         Address grad_logits, int threads) {
         moeyard::cpu::topk_gating_backward(
             problem, at(logits), at<int32_t>(experts), at<uint8_t>(mask),
             {at(grad_weights), at(grad_score_sum), at(grad_weight_sum), at(grad_logsumexp_sq), at(grad_entropy_sum)},
-            at(grad_logits), at(workspace), threads);
+            at(grad_logits), threads);
       },
       "problem"_a, "logits"_a, "experts"_a, "mask"_a, "grad_weights"_a, "grad_score_sum"_a, "grad_weight_sum"_a,
-      "grad_logsumexp_sq"_a, "grad_entropy_sum"_a, "grad_logits"_a, "workspace"_a, "threads"_a, NoGil());
+      "grad_logsumexp_sq"_a, "grad_entropy_sum"_a, "grad_logits"_a, "threads"_a, NoGil());
 
   py::class_<moeyard::PointSet>(m, "PointSet")
       .def(py::init([](Address xyz, int64_t count, Address batch, Address ptr, int64_t num_graphs) {

@@ -56,19 +56,15 @@ struct GatingGradients {
 inline int64_t gating_chunk_rows(int64_t rows) { return std::max<int64_t>(256, (rows + 63) / 64); }
 
 namespace cpu {
-/// Bytes of workspace, aligned to 8, that either call below needs.
-int64_t topk_gating_workspace(const GatingProblem& problem);
-
 /// Throws std::invalid_argument, before anything is written, for a NaN in `bias`, a forced id outside [-1, E) or one
 /// that stands twice in a live row.
-void topk_gating(const GatingProblem& problem, const GatingInputs& in, const GatingOutputs& out, void* workspace,
-                 int threads);
+void topk_gating(const GatingProblem& problem, const GatingInputs& in, const GatingOutputs& out, int threads);
 
 /// grad_logits [T,E] of dtype, from the logits and mask of the forward call and the experts that it returned. Options
 /// that only concern the choice (groups, forced ids) and unit_weights are not looked at: where weights are constants,
 /// their gradient and that of weight_sum are null. Throws for an id outside [0, E) in a live row.
 void topk_gating_backward(const GatingProblem& problem, const void* logits, const int32_t* experts, const uint8_t* mask,
-                          const GatingGradients& grads, void* grad_logits, void* workspace, int threads);
+                          const GatingGradients& grads, void* grad_logits, int threads);
 }  // namespace cpu
 
 }  // namespace moeyard

@@ -42,32 +42,28 @@ const GatingKernels& kernels() {
 }
 
 template <class A>
-void launch(const GatingProblem& g, const GatingInputs& in, const GatingOutputs& out, void* workspace, int threads) {
+void launch(const GatingProblem& g, const GatingInputs& in, const GatingOutputs& out, int threads) {
   if (in.bias) check_bias(g, static_cast<const A*>(in.bias));
   if (in.forced) check_forced(g, in);
-  const int64_t rows = gating_chunk_rows(g.rows);
-  parallel_for(g.rows, rows, threads,
-               [&](int64_t begin, int64_t end) { kernels().forward(g, in, out, workspace, begin / rows, begin, end); });
-  add_chunks<A>(g, out, workspace, (g.rows + rows - 1) / rows);
+  const int64_t rows = gating_chunk_rows(g.rows), chunks = (g.rows + rows - 1) / rows;
+  const Scratch sums(chunks * ChunkSums<A>::bytes(g.experts));
+  parallel_for(g.rows, rows, threads, [&](int64_t begin, int64_t end) {
+    kernels().forward(g, in, out, sums.data(), begin / rows, begin, end);
+  });
+  add_chunks<A>(g, out, sums.data(), chunks);
 }
 
 }  // namespace
 
-int64_t topk_gating_workspace(const GatingProblem& g) {
-  const int64_t rows = gating_chunk_rows(g.rows), chunks = (g.rows + rows - 1) / rows;
-  return chunks * (g.dtype == DType::f64 ? ChunkSums<double>::bytes(g.experts) : ChunkSums<float>::bytes(g.experts));
-}
-
-void topk_gating(const GatingProblem& g, const GatingInputs& in, const GatingOutputs& out, void* workspace,
-                 int threads) {
+void topk_gating(const GatingProblem& g, const GatingInputs& in, const GatingOutputs& out, int threads) {
   if (g.dtype == DType::f64)
-    launch<double>(g, in, out, workspace, threads);
+    launch<double>(g, in, out, threads);
   else
-    launch<float>(g, in, out, workspace, threads);
+    launch<float>(g, in, out, threads);
 }
 
 void topk_gating_backward(const GatingProblem& g, const void* logits, const int32_t* experts, const uint8_t* mask,
-                          const GatingGradients& grads, void* grad_logits, void*, int threads) {
+                          const GatingGradients& grads, void* grad_logits, int threads) {
   const BackwardCall call{logits, experts, mask, grads, grad_logits};
   parallel_for(g.rows, gating_chunk_rows(g.rows), threads,
                [&](int64_t begin, int64_t end) { kernels().backward(g, call, begin, end); });

@@ -100,7 +100,6 @@ class GatingProblem:
         unit_weights: bool = False,
     ) -> None: ...
 
-def topk_gating_workspace(problem: GatingProblem) -> int: ...
 def topk_gating(
     problem: GatingProblem,
     logits: int,
@@ -114,7 +113,6 @@ def topk_gating(
     weight_sum: int,
     logsumexp_sq: int,
     entropy_sum: int,
-    workspace: int,
     threads: int,
 ) -> None: ...
 def topk_gating_backward(
@@ -128,7 +126,6 @@ def topk_gating_backward(
     grad_logsumexp_sq: int,
     grad_entropy_sum: int,
     grad_logits: int,
-    workspace: int,
     threads: int,
 ) -> None: ...
 

@@ -47,19 +47,17 @@ void gating(DType dtype, Score score) {
   const size_t slots = size_t(rows * k), columns = size_t(experts);
   const GatingProblem problem{dtype, rows, experts, k, score, true, 1.5};
   const std::vector<T> logits = numbers<T>(size_t(rows * experts), 4);
-  std::vector<uint8_t> workspace(size_t(cpu::topk_gating_workspace(problem)));
   std::vector<A> weights(slots), score_sum(columns), weight_sum(columns), logsumexp_sq(1), entropy_sum(1);
   std::vector<int32_t> ids(slots), counts(columns);
   cpu::topk_gating(problem, {logits.data(), nullptr, nullptr, nullptr},
                    {weights.data(), ids.data(), counts.data(), score_sum.data(), weight_sum.data(), logsumexp_sq.data(),
                     entropy_sum.data()},
-                   workspace.data(), 2);
+                   2);
   add(weights), add(ids), add(counts), add(score_sum), add(weight_sum), add(logsumexp_sq), add(entropy_sum);
   std::vector<T> grad(logits.size());
   cpu::topk_gating_backward(
       problem, logits.data(), ids.data(), nullptr,
-      {weights.data(), score_sum.data(), weight_sum.data(), logsumexp_sq.data(), entropy_sum.data()}, grad.data(),
-      workspace.data(), 2);
+      {weights.data(), score_sum.data(), weight_sum.data(), logsumexp_sq.data(), entropy_sum.data()}, grad.data(), 2);
   add(grad);
   print("topk_gating", sizeof(T) == 8 ? "float64" : sizeof(T) == 4 ? "float32" : "half", int(dtype) * 10 + int(score));
 }

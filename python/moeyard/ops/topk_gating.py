@@ -254,9 +254,22 @@ def _cpu(
         forced_weights == "one",
     )
     out = _outputs(logits, k)
-    workspace = logits.new_empty((_native.cpu.topk_gating_workspace(problem),), dtype=torch.uint8)
-    addresses = [address(x) for x in (logits, bias, mask, forced, *out, workspace)]
-    _native.cpu.topk_gating(problem, *[*addresses, torch.get_num_threads()])
+    weights, experts, counts, score_sum, weight_sum, logsumexp_sq, entropy_sum = out
+    _native.cpu.topk_gating(
+        problem,
+        logits.data_ptr(),
+        address(bias),
+        address(mask),
+        address(forced),
+        weights.data_ptr(),
+        experts.data_ptr(),
+        counts.data_ptr(),
+        score_sum.data_ptr(),
+        weight_sum.data_ptr(),
+        logsumexp_sq.data_ptr(),
+        entropy_sum.data_ptr(),
+        torch.get_num_threads(),
+    )
     return out
 
 
@@ -284,8 +297,7 @@ def _cpu_backward(
         scale,
     )
     grad_logits = torch.empty_like(logits)
-    workspace = logits.new_empty((_native.cpu.topk_gating_workspace(problem),), dtype=torch.uint8)
-    addresses = [address(x) for x in (logits, experts, mask, *grads, grad_logits, workspace)]
+    addresses = [address(x) for x in (logits, experts, mask, *grads, grad_logits)]
     _native.cpu.topk_gating_backward(problem, *[*addresses, torch.get_num_threads()])
     return grad_logits
 
