@@ -19,7 +19,7 @@ from torch import Tensor
 from moeyard import _native
 from moeyard.ops import _check
 from moeyard.ops._radius_graph_native import Addresses
-from moeyard.ops._register import DTYPE_CODE, register
+from moeyard.ops._register import DTYPE_CODE, Gradient, register
 
 _EDGES = (
     "Tensor? grad_distance, Tensor? grad_vector, Tensor edge_index, Tensor distance, Tensor vector, Tensor cell_shift, "
@@ -181,13 +181,11 @@ def _double_fake(gg_points: Tensor, gg_centres: Tensor, gg_cell: Tensor, *args: 
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (distance, vector) * 2)
 
 
-class _BackwardFunction(torch.autograd.Function):
+class _BackwardGradient(Gradient):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+    def save(ctx: Any, args: Any, out: Any) -> None:
         ctx.save_for_backward(*args[:9])
         ctx.rest = args[9:]
-        out: tuple[Tensor, ...] = _backward.below(*args)
-        return out
 
     @staticmethod
     def backward(ctx: Any, *gg: Tensor) -> tuple[Tensor | None, ...]:
@@ -204,12 +202,12 @@ _backward = register(
     f"radius_graph_backward({_EDGES}) -> (Tensor, Tensor, Tensor)",
     cpu=_backward_cpu,
     fake=_backward_fake,
-    autograd=_BackwardFunction,
+    gradient=_BackwardGradient,
 )
 _double_backward = register(
     f"radius_graph_double_backward(Tensor gg_points, Tensor gg_centres, Tensor gg_cell, {_EDGES}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     cpu=_double_cpu,
     fake=_double_fake,
-    autograd="radius_graph: third derivatives are not supported",
+    gradient="radius_graph: third derivatives are not supported",
 )

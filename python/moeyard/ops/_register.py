@@ -43,9 +43,21 @@ def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+class Gradient:
+    """How an op is differentiated. `ctx` is that of `torch.autograd.Function`."""
+
+    @staticmethod
+    def save(ctx: Any, args: Any, out: Any) -> None:
+        """Keeps what `backward` needs of the arguments and the outputs."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Gradients in the order of the arguments."""
+        raise NotImplementedError
+
+
 class Op:
-    """One registered operator: `op(*args)` checks the types of its arguments and calls it, `op.below(*args)` starts
-    below autograd."""
+    """One registered operator: `op(*args)` checks the types of its arguments and calls it."""
 
     def __init__(self, overload: Any, cpu: Callable[..., Any], options: Mapping[str, Sequence[str]]) -> None:
         self.overload, self._cpu, self._options = overload, cpu, options
@@ -55,10 +67,16 @@ class Op:
         self._types = tuple(_schema_type(str(a.type)) for a in arguments)
         self._direct = DirectCalls(self._types)
 
-    def differentiate_with(self, function: type[torch.autograd.Function]) -> None:
+    def differentiate(self, gradient: type[Gradient]) -> None:
+        """Puts `gradient` on the Autograd key, and on the direct way."""
+        dispatched = _function(gradient, self._below_autograd)
+
+        def entry(*args: Any) -> Any:
+            return dispatched.apply(*args) if _asks_for_gradient(args) else self._below_autograd(*args)
+
+        _LIBRARY.impl(self.overload._schema.name, entry, "Autograd")
         # What Function.apply would do first concerns functorch's wrappers, which no direct call has: 2 us.
-        self._apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
-        _LIBRARY.impl(self.overload._schema.name, _autograd_entry(self, function), "Autograd")
+        self._apply = super(torch.autograd.Function, _function(gradient, self._cpu)).apply  # type: ignore[misc]
 
     def named(self, **names: str) -> Op:
         """The same op, whose errors call some arguments by other names than the schema does."""
@@ -77,12 +95,24 @@ class Op:
             _check.argument(name, kind, optional, value, self._options.get(name, ()))
         return self.overload(*args)
 
-    def below(self, *args: Any) -> Any:
-        """Calls the op without autograd; what a forward inside `torch.autograd.Function` uses."""
-        if self._direct.tensors(args) is not None:
-            return self._cpu(*args)
+    def _below_autograd(self, *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*args)
+
+
+def _function(gradient: type[Gradient], run: Callable[..., Any]) -> type[torch.autograd.Function]:
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            out = run(*args)
+            gradient.save(ctx, args, out)
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return gradient.backward(ctx, *grads)
+
+    return Function
 
 
 def _schema_type(text: str) -> tuple[str, bool]:
@@ -97,7 +127,7 @@ def register(
     cpu: Callable[..., Any],
     cuda: Callable[..., Any] | None = None,
     fake: Callable[..., Any],
-    autograd: type[torch.autograd.Function] | str | None = None,
+    gradient: type[Gradient] | str | None = None,
     options: Mapping[str, Sequence[str]] | None = None,
 ) -> Op:
     """Defines `moeyard::<schema>` and binds its implementations.
@@ -107,8 +137,8 @@ def register(
         cpu, cuda: the implementations; they validate, allocate with torch and pass addresses on. Without `cuda` a CUDA
             tensor gets an error that says so.
         fake: shapes and dtypes of the outputs, for `torch.compile`, export and meta tensors.
-        autograd: the function on the Autograd key; None for an op without a gradient; for an op whose derivative is not
-            supported, the message of the NotImplementedError that asking for it raises.
+        gradient: None for an op without one; for an op whose derivative is not supported, the message of the
+            NotImplementedError that asking for it raises.
         options: what the arguments of type str may be.
     """
     name = schema[: schema.index("(")]
@@ -118,31 +148,18 @@ def register(
     torch.library.register_fake(f"moeyard::{name}", fake, lib=_LIBRARY)
     torch.library.register_vmap(f"moeyard::{name}", _no_vmap(name), lib=_LIBRARY)
     op = Op(getattr(torch.ops.moeyard, name).default, cpu, options or {})
-    if isinstance(autograd, str):
-        autograd = _refusing(op, autograd)
-    if autograd is not None:
-        op.differentiate_with(autograd)
+    if isinstance(gradient, str):
+        gradient = _refusing(gradient)
+    if gradient is not None:
+        op.differentiate(gradient)
     return op
 
 
-def _autograd_entry(op: Op, function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    def entry(*args: Any) -> Any:
-        if _asks_for_gradient(args):
-            return function.apply(*args)
-        return op.below(*args)
-
-    return entry
-
-
-def _refusing(op: Op, message: str) -> type[torch.autograd.Function]:
+def _refusing(message: str) -> type[Gradient]:
     """Stays in the graph and raises. `once_differentiable` would not do: it looks at the incoming gradients, which are
     often constants under `create_graph=True`, and the dependence on the other inputs would be lost without a word."""
 
-    class Refusing(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            return op.below(*args)
-
+    class Refusing(Gradient):
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             raise NotImplementedError(message)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moeyard import _native
 from moeyard.ops import _check
-from moeyard.ops._register import DTYPE_CODE, register
+from moeyard.ops._register import DTYPE_CODE, Gradient, register
 
 _SCHEMA = (
     "gather_segments(Tensor values, Tensor ptr, Tensor index, Tensor? add, SymInt? total) -> (Tensor, Tensor, Tensor)"
@@ -103,7 +103,8 @@ def _validate(values: Tensor, ptr: Tensor, index: Tensor, add: Tensor | None, to
         raise TypeError(f"values: expected a dtype of 1, 2, 4 or 8 bytes, got {values.dtype}")
     _validate_ids(ptr, index)
     _check.same_device("values", values, ptr=ptr, index=index)
-    _check.integer("total", total, minimum=0, optional=True)
+    if total is not None:
+        _check.integer("total", total, minimum=0)
     if add is not None:
         _check.same_device("values", values, add=add)
         _check.shape("add", add, [index.shape[0]])
@@ -208,35 +209,33 @@ def _backward_fake(grad: Tensor, ptr: Tensor, index: Tensor, num_values: Any) ->
     return grad.new_empty(num_values, *grad.shape[1:])
 
 
-class _Autograd(torch.autograd.Function):
+class _Gradient(Gradient):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, ptr: Tensor, index: Tensor, add: Tensor | None, total: Any) -> Any:
+    def save(ctx: Any, args: Any, out: Any) -> None:
+        values, ptr, index, _, _ = args
         if values.requires_grad:
             _check.dtype("values (with a gradient)", values, _FLOATS)
         ctx.save_for_backward(ptr, index)
         ctx.num_values = values.shape[0]
-        out, out_ptr, batch = _op.below(values, ptr, index, add, total)
-        ctx.mark_non_differentiable(out_ptr, batch)
-        return out, out_ptr, batch
+        ctx.mark_non_differentiable(*out[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _ptr: Tensor, _batch: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _ptr: Tensor, _batch: Tensor) -> Any:
         return _backward_op(grad, *ctx.saved_tensors, ctx.num_values), None, None, None, None
 
 
-class _BackwardAutograd(torch.autograd.Function):
+class _BackwardGradient(Gradient):
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, ptr: Tensor, index: Tensor, num_values: Any) -> Tensor:
+    def save(ctx: Any, args: Any, out: Any) -> None:
+        grad, ptr, index, _ = args
         ctx.save_for_backward(ptr, index)
         ctx.rows = grad.shape[0]
-        out: Tensor = _backward_op.below(grad, ptr, index, num_values)
-        return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         # The scatter's gradient is the gather, to as many rows as there were.
         return _op(grad, *ctx.saved_tensors, None, ctx.rows)[0], None, None, None
 
 
-_op = register(_SCHEMA, cpu=_cpu, fake=_fake, autograd=_Autograd)
-_backward_op = register(_BACKWARD, cpu=_backward_cpu, fake=_backward_fake, autograd=_BackwardAutograd)
+_op = register(_SCHEMA, cpu=_cpu, fake=_fake, gradient=_Gradient)
+_backward_op = register(_BACKWARD, cpu=_backward_cpu, fake=_backward_fake, gradient=_BackwardGradient)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moeyard import _native
-from moeyard.ops._register import register
+from moeyard.ops._register import Gradient, register
 
 _SCHEMA = "identity(Tensor x) -> Tensor"
 
@@ -60,17 +60,12 @@ def _fake(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-class _Autograd(torch.autograd.Function):
+class _Gradient(Gradient):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        out: Tensor = _op.below(x)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         # The gradient is the op itself, so gradients of gradients work too.
         out: Tensor = _op(grad)
         return out
 
 
-_op = register(_SCHEMA, cpu=_cpu, cuda=_cuda, fake=_fake, autograd=_Autograd)
+_op = register(_SCHEMA, cpu=_cpu, cuda=_cuda, fake=_fake, gradient=_Gradient)

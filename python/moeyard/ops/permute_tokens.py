@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moeyard import _native
 from moeyard.ops import _check
-from moeyard.ops._register import DTYPE_CODE, Op, address, compute_dtype, register
+from moeyard.ops._register import DTYPE_CODE, Gradient, Op, address, compute_dtype, register
 from moeyard.ops.plan_permutation import PermutationPlan
 
 _ARGS = "Tensor row_of_slot, Tensor slot_of_row, Tensor? {weights}"
@@ -263,40 +263,36 @@ def _backward_fake(name: str) -> Any:
 # ---- gradients --------------------------------------------------------------------------------------------------
 
 
-def _gradients(op_name: str, name: str) -> tuple[type[torch.autograd.Function], type[torch.autograd.Function]]:
+def _gradients(op_name: str, name: str) -> tuple[type[Gradient], type[Gradient]]:
     """The functions of an op F(source, weights) and of its backward; permute and unpermute have the same form.
 
     F is bilinear, F(s, w), and its backward computes (F^T(g, w), D(s, g)) with D the dots. The gradients of those are
     again an F and one more call of the backward op, so derivatives of any order come for free.
     """
 
-    class Forward(torch.autograd.Function):
+    class Forward(Gradient):
         @staticmethod
-        def forward(
-            ctx: Any, source: Tensor, row_of_slot: Tensor, slot_of_row: Tensor, weights: Tensor | None
-        ) -> Tensor:
+        def save(ctx: Any, args: Any, out: Any) -> None:
+            source, row_of_slot, slot_of_row, weights = args
             if source.requires_grad:
                 _check.dtype(f"{name} (with a gradient)", source, _FLOATS)
             kept = source if weights is not None and ctx.needs_input_grad[3] else None
             ctx.save_for_backward(kept, row_of_slot, slot_of_row, weights)
-            out: Tensor = _OPS[op_name].below(source, row_of_slot, slot_of_row, weights)
-            return out
 
         @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        def backward(ctx: Any, grad: Tensor) -> Any:
             need_source, _, _, need_weights = ctx.needs_input_grad
             grads = _OPS[op_name + "_backward"](grad, *ctx.saved_tensors, need_source, need_weights)
             return grads[0] if need_source else None, None, None, grads[1] if need_weights else None
 
-    class Backward(torch.autograd.Function):
+    class Backward(Gradient):
         @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
+        def save(ctx: Any, args: Any, out: Any) -> None:
             ctx.save_for_backward(*args[:5])
             ctx.need_source, ctx.need_weights = args[5:]
-            return _OPS[op_name + "_backward"].below(*args)
 
         @staticmethod
-        def backward(ctx: Any, grad_source: Tensor, grad_weights: Tensor) -> Any:  # type: ignore[override]
+        def backward(ctx: Any, grad_source: Tensor, grad_weights: Tensor) -> Any:
             grad, source, row_of_slot, slot_of_row, weights = ctx.saved_tensors
             plan = (row_of_slot, slot_of_row)
             terms = []
@@ -330,8 +326,8 @@ for _name, _source, _schema, _backward_schema, _cpu, _fake in (
     ("unpermute_tokens", "y", _UNPERMUTE, _UNPERMUTE_BACKWARD, _unpermute_cpu, _unpermute_fake),
 ):
     _forward, _backward = _gradients(_name, _source)
-    _op = register(_schema, cpu=_cpu, fake=_fake, autograd=_forward)
+    _op = register(_schema, cpu=_cpu, fake=_fake, gradient=_forward)
     _OPS[_name] = _op.named(row_of_slot="plan.row_of_slot", slot_of_row="plan.slot_of_row")
     _OPS[_name + "_backward"] = register(
-        _backward_schema, cpu=_backward_cpu(_source), fake=_backward_fake(_source), autograd=_backward
+        _backward_schema, cpu=_backward_cpu(_source), fake=_backward_fake(_source), gradient=_backward
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 from moeyard import _native
 from moeyard.ops import _check, _radius_graph_grad
 from moeyard.ops._radius_graph_native import NO_POINTS, NOT_PERIODIC, Addresses
-from moeyard.ops._register import DTYPE_CODE, register
+from moeyard.ops._register import DTYPE_CODE, Gradient, register
 
 _SCHEMA = (
     "radius_graph(Tensor pos, Tensor? centres, float r, int? k, Tensor? batch, Tensor? batch_centres, Tensor? ptr, "
@@ -199,6 +199,8 @@ def knn_graph(
 
 
 def _cutoff(r: Any) -> float:
+    if isinstance(r, float):
+        return r
     _check.number("r", r)
     if isinstance(r, int) and abs(r) > 2**1023:
         raise ValueError("r: expected a finite distance, got an int beyond float64")
@@ -259,6 +261,11 @@ def _validate_set(pos: Tensor, batch: Tensor | None, ptr: Tensor | None, name: s
         _check.same_device(name, pos, **{f"ptr{suffix}": ptr})
 
 
+def _check_count(name: str, xyz: Tensor) -> None:
+    if xyz.shape[0] > _MAX_POINTS:
+        raise ValueError(f"{name}: expected at most 2^31 - 1 points, got {xyz.shape[0]}")
+
+
 # ---- implementations ------------------------------------------------------------------------------------------------
 
 
@@ -272,9 +279,9 @@ def _cpu(
         pos, centres, k, batch, batch_centres, ptr, ptr_centres, cell, pbc, max_num_neighbors, symmetric, half,
         max_edges,
     )  # fmt: skip
-    for name, xyz in (("pos" if centres is None else "x", pos), ("y", centres)):
-        if xyz is not None and xyz.shape[0] > _MAX_POINTS:
-            raise ValueError(f"{name}: expected at most 2^31 - 1 points, got {xyz.shape[0]}")
+    _check_count("pos" if centres is None else "x", pos)
+    if centres is not None:
+        _check_count("y", centres)
     if max_edges is not None and max_edges > _MAX_EDGES:
         raise ValueError(f"max_edges: expected at most 2^48, got {max_edges}")
     cpu, threads, code = _native.cpu, torch.get_num_threads(), DTYPE_CODE[pos.dtype]
@@ -302,14 +309,17 @@ def _cpu(
 
 def _outputs(pos: Tensor, centres: Tensor | None, cell: Tensor | None, geometry: bool, m: Any) -> tuple[Tensor, ...]:
     per_edge = m if geometry else 0
+    edge_index = pos.new_empty((2, m), dtype=torch.int64)
+    num_neighbors = pos.new_empty((pos if centres is None else centres).shape[:1], dtype=torch.int32)
+    truncated = edge_index.new_empty(())
     return (
-        pos.new_empty((2, m), dtype=torch.int64),
-        pos.new_empty((per_edge,)),
+        edge_index,
+        pos.new_empty(per_edge),
         pos.new_empty((per_edge, 3)),
-        pos.new_empty((m if cell is not None else 0, 3), dtype=torch.int32),
-        pos.new_empty(((pos if centres is None else centres).shape[0],), dtype=torch.int32),
-        pos.new_empty((), dtype=torch.int64),
-        pos.new_empty((), dtype=torch.int64),
+        num_neighbors.new_empty((m if cell is not None else 0, 3)),
+        num_neighbors,
+        truncated,
+        torch.empty_like(truncated),
         pos.new_empty((), dtype=torch.bool),
     )
 
@@ -328,17 +338,13 @@ def _fake(
     return _outputs(pos, centres, cell, geometry, m)
 
 
-class _Autograd(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        out: tuple[Tensor, ...] = _op.below(*args)
-        _radius_graph_grad.save(ctx, args, out)
-        return out
+class _Gradient(Gradient):
+    save = staticmethod(_radius_graph_grad.save)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return _radius_graph_grad.input_gradients(ctx, grads[1], grads[2])
 
 
-_op = register(_SCHEMA, cpu=_cpu, fake=_fake, autograd=_Autograd)
+_op = register(_SCHEMA, cpu=_cpu, fake=_fake, gradient=_Gradient)
 _radius_op = _op.named(pos="x", centres="y", batch="batch_x", batch_centres="batch_y", ptr="ptr_x", ptr_centres="ptr_y")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moeyard import _native
 from moeyard.ops import _check
-from moeyard.ops._register import DTYPE_CODE, address, compute_dtype, register
+from moeyard.ops._register import DTYPE_CODE, Gradient, address, compute_dtype, register
 
 SCORES = ("softmax", "softmax_topk", "sigmoid", "sqrtsoftplus")
 FORCED_WEIGHTS = ("score", "one")
@@ -337,10 +337,9 @@ def _fake_backward(
 # ---- gradient --------------------------------------------------------------------------------------------------------
 
 
-class _Autograd(torch.autograd.Function):
+class _Gradient(Gradient):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
-        out = _op.below(*args)
+    def save(ctx: Any, args: Any, out: Any) -> None:
         logits, _, score, renormalize, _, _, _, _, scale, mask, _, forced_weights = args
         weights, experts, counts, _, weight_sum, _, _ = out
         ctx.save_for_backward(logits, experts, mask)
@@ -348,7 +347,6 @@ class _Autograd(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         constant = (weights, weight_sum) if forced_weights == "one" else ()
         ctx.mark_non_differentiable(experts, counts, *constant)
-        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -372,11 +370,11 @@ class _Autograd(torch.autograd.Function):
 
 
 _OPTIONS = {"score": SCORES, "forced_weights": FORCED_WEIGHTS}
-_op = register(_SCHEMA, cpu=_cpu, fake=_fake, autograd=_Autograd, options=_OPTIONS)
+_op = register(_SCHEMA, cpu=_cpu, fake=_fake, gradient=_Gradient, options=_OPTIONS)
 _backward_op = register(
     _BACKWARD_SCHEMA,
     cpu=_cpu_backward,
     fake=_fake_backward,
-    autograd="topk_gating: second derivatives are not supported",
+    gradient="topk_gating: second derivatives are not supported",
     options=_OPTIONS,
 )
