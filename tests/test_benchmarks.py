@@ -275,9 +275,11 @@ if __name__ == "__main__":
 
 
 def environment() -> dict[str, str]:
-    """For a process in another folder: what is importable here is importable there."""
+    """For a process in another folder: what is importable here is importable there. Not a part of pytest-xdist's run,
+    for which pytest-benchmark would switch itself off."""
     paths = [str(BENCHMARKS), *(str(Path(p).resolve()) for p in sys.path if p)]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    return own | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------

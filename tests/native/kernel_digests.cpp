@@ -74,11 +74,13 @@ void edges(DType dtype, bool periodic, RadiusOptions options) {
   std::vector<int64_t> centre(m), neighbour(m);
   std::vector<T> distance(m), vector(3 * m);
   std::vector<int32_t> shift(periodic ? 3 * m : 0), degrees(static_cast<size_t>(n));
+  std::vector<int64_t> totals(2);
+  bool overflow = true;
   cpu::radius_graph_fill(hits, dtype, points, {}, box,
                          {hits.num_edges, centre.data(), neighbour.data(), distance.data(), vector.data(),
-                          periodic ? shift.data() : nullptr, degrees.data()},
+                          periodic ? shift.data() : nullptr, degrees.data(), &totals[0], &totals[1], &overflow},
                          2);
-  add(centre), add(neighbour), add(distance), add(vector), add(shift), add(degrees);
+  add(centre), add(neighbour), add(distance), add(vector), add(shift), add(degrees), add(totals);
   print("radius_graph", sizeof(T) == 8 ? "float64" : "float32", int(m));
 }
 
