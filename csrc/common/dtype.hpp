@@ -10,6 +10,16 @@ namespace moeyard {
 
 enum class DType : int { f32 = 0, f64 = 1, f16 = 2, bf16 = 3, i32 = 4, i64 = 5 };
 
+inline int64_t element_bytes(DType dtype) {
+  switch (dtype) {
+    case DType::f16:
+    case DType::bf16: return 2;
+    case DType::f32:
+    case DType::i32: return 4;
+    default: return 8;
+  }
+}
+
 struct bf16 {
   uint16_t bits;
 };

@@ -13,7 +13,11 @@ class LaneBackward {
 
  public:
   LaneBackward(const GatingProblem& g, const BackwardCall& call, const Gradients<A>& grads, Carver& carve)
-      : g_(g), call_(call), grads_(grads), to_scores_(g.score != Score::softmax_topk && !g.renormalize) {
+      : g_(g),
+        call_(call),
+        grads_(grads),
+        to_scores_(g.score != Score::softmax_topk && !g.renormalize),
+        chosen_only_(g.score == Score::softmax_topk && !grads.score_sum && !grads.of_softmax()) {
     for (A** block : {&x_, &p_, &chosen_grad_}) *block = carve.take<A>(g.experts * W);
     for (A** block : {&c_, &gc_, &cx_}) *block = carve.take<A>(g.k * W);
     id_ = carve.take<int32_t>(g.k * W);
@@ -25,6 +29,7 @@ class LaneBackward {
   /// Rows [t, t + rows), rows <= W. False, with nothing written, where a row has a NaN or an id that does not exist:
   /// such blocks are left to the path of single rows.
   bool run(int64_t t, int64_t rows) {
+    if (chosen_only_) return run_chosen(t, rows);
     const M live = live_lanes<V>(call_.mask, t, rows);
     if (!load_ids(t, rows)) return false;
     BlockMax<V> top;
@@ -45,6 +50,33 @@ class LaneBackward {
   }
 
  private:
+  // Where nothing but the chosen logits has a gradient, no softmax over all experts is needed and most of it is zeros.
+  bool run_chosen(int64_t t, int64_t rows) {
+    const T* logits = static_cast<const T*>(call_.logits) + t * g_.experts;
+    if (has_nan(logits, rows * g_.experts) || !load_ids(t, rows)) return false;
+    for (int64_t s = 0; s < g_.k * W; ++s)
+      cx_[s] = A(to_float(logits[std::min(s % W, rows - 1) * g_.experts + id_[s]]));
+    chosen_scores();
+    weights_backward(t, rows);
+    softmax_backward();
+    T* out = static_cast<T*>(call_.grad_logits) + t * g_.experts;
+    std::memset(static_cast<void*>(out), 0, size_t(rows * g_.experts) * sizeof(T));
+    for (int64_t l = 0; l < rows; ++l) {
+      if (call_.mask && !call_.mask[t + l]) continue;
+      for (int64_t s = 0; s < g_.k; ++s) out[l * g_.experts + id_[s * W + l]] = from_float<T>(gc_[s * W + l]);
+    }
+    return true;
+  }
+
+  static bool has_nan(const T* logits, int64_t n) {
+    int32_t nan = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const A x = A(to_float(logits[i]));
+      nan |= x != x;
+    }
+    return nan != 0;
+  }
+
   // Rows that are not looked at get id 0.
   bool load_ids(int64_t t, int64_t rows) {
     bool good = true;
@@ -63,8 +95,8 @@ class LaneBackward {
     for (int64_t s = 0; s < g_.k * W; ++s) to[s] = from[int64_t(id_[s]) * W + s % W];
   }
 
+  // Of the logits in cx, to c.
   void chosen_scores() {
-    gather(x_, cx_);
     if (g_.score == Score::softmax) return gather(p_, c_);
     if (g_.score == Score::softmax_topk) {
       const BlockSoftmax<V> softmax = block_softmax<V>(cx_, g_.k, block_max<V>(cx_, g_.k).max, c_);
@@ -97,15 +129,23 @@ class LaneBackward {
     return g_.score == Score::sigmoid ? score_math::sigmoid(-x) : elementwise_slope(g_.score, x) / c;
   }
 
+  // From the gradient of the softmax over the chosen to that of their logits.
+  void softmax_backward() {
+    const auto c = [&](int64_t s) { return load_lanes<V>(c_ + s * W); };
+    const auto gc = [&](int64_t s) { return load_lanes<V>(gc_ + s * W); };
+    const V dot = lane_sum<V>(g_.k, [&](int64_t s) { return c(s) > V{} ? c(s) * gc(s) : V{}; });
+    for (int64_t s = 0; s < g_.k; ++s) store_lanes<V>(gc_ + s * W, c(s) > V{} ? c(s) * (gc(s) - dot) : V{});
+  }
+
   // Leaves in chosen_grad the part of the scores' gradient (to_scores) or of the logits' that comes by the weights.
   void chosen_backward(int64_t t, int64_t rows) {
+    gather(x_, cx_);
     chosen_scores();
     weights_backward(t, rows);
     const auto c = [&](int64_t s) { return load_lanes<V>(c_ + s * W); };
     const auto gc = [&](int64_t s) { return load_lanes<V>(gc_ + s * W); };
     if (g_.score == Score::softmax_topk) {
-      const V dot = lane_sum<V>(g_.k, [&](int64_t s) { return c(s) > V{} ? c(s) * gc(s) : V{}; });
-      for (int64_t s = 0; s < g_.k; ++s) store_lanes<V>(gc_ + s * W, c(s) > V{} ? c(s) * (gc(s) - dot) : V{});
+      softmax_backward();
     } else if (g_.renormalize) {
       for (int64_t s = 0; s < g_.k; ++s) {
         const V slope = log_slope(load_lanes<V>(cx_ + s * W), c(s));
@@ -147,7 +187,7 @@ class LaneBackward {
   const GatingProblem& g_;
   const BackwardCall& call_;
   const Gradients<A>& grads_;
-  const bool to_scores_;
+  const bool to_scores_, chosen_only_;
   A *x_, *p_, *chosen_grad_, *c_, *gc_, *cx_;
   int32_t* id_;
 };
