@@ -344,7 +344,7 @@ class Suite:
             call, count, number = sides[name], repeats[name], len(chosen)
             outputs = None
             if torch.get_num_threads() > 1:
-                time.sleep(0.01)  # the OpenMP workers of the side before spin on for a while
+                time.sleep(0.05)  # the OpenMP workers of the side before spin on for a while
             start = time.perf_counter()
             for i in range(count):
                 outputs = None  # the last call's outputs are gone before the next begins

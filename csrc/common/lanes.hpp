@@ -9,7 +9,6 @@
 #include "common/dtype.hpp"
 #include "common/simd.hpp"
 
-#ifdef __GNUC__
 #define MOEYARD_LANES 1
 
 namespace moeyard {
@@ -155,4 +154,3 @@ MOEYARD_INLINE void store_as(f16* to, V v) {
 }
 
 }  // namespace moeyard
-#endif

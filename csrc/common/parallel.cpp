@@ -9,22 +9,12 @@
 #include <thread>
 #include <utility>
 
-#ifdef _WIN32
-#include <process.h>
-#else
 #include <unistd.h>
-#endif
 
 namespace moeyard {
 namespace {
 
-long process_id() {
-#ifdef _WIN32
-  return _getpid();
-#else
-  return getpid();
-#endif
-}
+long process_id() { return getpid(); }
 
 // One job at a time: workers and the caller draw task numbers from `next_`, in ascending order, until none is left.
 class Pool {

@@ -5,7 +5,7 @@
 #include <string>
 #include <utility>
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef __x86_64__
 #define MOEYARD_X86 1
 // No "fma": a contraction that slipped through would change bits.
 #define MOEYARD_TARGET_AVX2 __attribute__((target("avx2,bmi,bmi2,lzcnt,popcnt")))
@@ -13,13 +13,8 @@
 #endif
 
 // A function compiled into each of its callers, with their instruction set.
-#if defined(__GNUC__)
 #define MOEYARD_INLINE inline __attribute__((always_inline))
 #define MOEYARD_INLINE_LAMBDA __attribute__((always_inline))
-#elif defined(_MSC_VER)
-#define MOEYARD_INLINE __forceinline
-#define MOEYARD_INLINE_LAMBDA
-#endif
 
 namespace moeyard {
 

@@ -71,7 +71,6 @@ constexpr uint32_t kFree = 0xffffffffu;
 constexpr uint32_t kFits = 0x80000000u;
 }  // namespace
 
-#ifdef __GNUC__
 namespace {
 
 template <Simd level>
@@ -166,15 +165,10 @@ struct VectorBestFit::Kernel {
     return i;
   }
 };
-#endif
 
-bool VectorBestFit::takes([[maybe_unused]] const PackRequest& q) {
-#ifdef __GNUC__
+bool VectorBestFit::takes(const PackRequest& q) {
   constexpr int64_t kBudgets = int64_t(kFits) / kPlaces;
   return q.lookahead <= kPlaces && q.budget < kBudgets && (!q.sizes2 || q.budget2 < int64_t(kFits));
-#else
-  return false;
-#endif
 }
 
 VectorBestFit::VectorBestFit(const PackRequest& q) : q_(q) {
@@ -209,9 +203,7 @@ void VectorBestFit::close_finished(uint32_t rank, uint8_t finished) {
     if (is_finished(rank_[place], rank, finished)) close(place);
 }
 
-void VectorBestFit::pack([[maybe_unused]] const Samples& samples, [[maybe_unused]] const Block& block,
-                         [[maybe_unused]] uint32_t* batch) {
-#ifdef __GNUC__
+void VectorBestFit::pack(const Samples& samples, const Block& block, uint32_t* batch) {
   constexpr int kFew = 16;  // most epochs never need more
   const bool rules = q_.sizes2 || q_.segments;
   for (int64_t i = 0; i < block.n;) {
@@ -222,7 +214,6 @@ void VectorBestFit::pack([[maybe_unused]] const Samples& samples, [[maybe_unused
       i = rules ? run_on_level<Kernel<kPlaces, true>>(this, &samples, &block, i, batch)
                 : run_on_level<Kernel<kPlaces, false>>(this, &samples, &block, i, batch);
   }
-#endif
 }
 
 PackPlan VectorBestFit::finish() {

@@ -73,11 +73,9 @@ class Samples {
   }
 
  private:
-  static MOEYARD_INLINE void prefetch([[maybe_unused]] IntView view, [[maybe_unused]] int64_t i) {
-#ifdef __GNUC__
+  static MOEYARD_INLINE void prefetch(IntView view, int64_t i) {
     const uintptr_t address = reinterpret_cast<uintptr_t>(view.data) + (uintptr_t(i) << (view.wide ? 3 : 2));
     __builtin_prefetch(reinterpret_cast<const void*>(address));
-#endif
   }
   int64_t read_ids(int64_t n, int64_t* id);
 

@@ -51,10 +51,8 @@ MOEYARD_INLINE sum_t<T> dot(const T* a, const T* b, int64_t n) {
 }
 
 template <class T>
-MOEYARD_INLINE void prefetch_row([[maybe_unused]] const T* row, [[maybe_unused]] int64_t n) {
-#ifdef __GNUC__
+MOEYARD_INLINE void prefetch_row(const T* row, int64_t n) {
   for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + i);
-#endif
 }
 
 template <class T>

@@ -17,14 +17,12 @@ namespace {
 // Centres whose edges are written before their geometry is: about 1,500 edges.
 constexpr int64_t kTile = 64;
 // Rows of hits to ask for ahead: shuffled points find theirs anywhere in the arena.
-constexpr int64_t kAhead = 12;
+constexpr int64_t kAhead = 16;
 constexpr int64_t kWide = 8;
 
-inline void prefetch([[maybe_unused]] const void* at) {
-#ifdef __GNUC__
+inline void prefetch(const void* at) {
   __builtin_prefetch(at);
   __builtin_prefetch(static_cast<const char*>(at) + 64);
-#endif
 }
 
 // ---- indices and shifts ---------------------------------------------------------------------------------------------

@@ -13,8 +13,6 @@ void sort_any(const int32_t* ids, int64_t n, int32_t base, int32_t* out) {
   std::sort(out, out + n);
 }
 
-#ifdef __GNUC__
-
 /// Batcher's bitonic network over Lanes * Vectors numbers in registers: no branch depends on a value.
 template <int Lanes, int Vectors>
 struct Network {
@@ -89,10 +87,6 @@ MOEYARD_TARGET_AVX2 void order_avx2(int32_t* ids, int64_t n, int32_t base, int32
 }
 #endif
 void order_baseline(int32_t* ids, int64_t n, int32_t base, int32_t* out) { order<4>(ids, n, base, out); }
-
-#else
-constexpr Order order_baseline = sort_any;
-#endif
 
 }  // namespace
 

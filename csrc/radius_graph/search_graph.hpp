@@ -91,7 +91,7 @@ class GraphSearch {
     worker.block.n = points_.n;
     for (int64_t j = 0; j < points_.n; ++j) worker.block.set(j, points_.xyz + 3 * j, base + j);
     worker.block.pad();
-    if (!final) return scan_all(worker, centres_.n, true, [&](int64_t i) { return Home{i, centres_.xyz + 3 * i}; });
+    if (!final) return scan_all(worker, centres_.n, true, [&](int64_t i) { return home(i); });
     const bool skip_self = self(0) >= 0;
     for (int64_t i = 0; i < centres_.n; ++i) {
       int32_t* out = worker.writer.room(points_.n);
@@ -112,10 +112,7 @@ class GraphSearch {
         const int32_t first = homes.begin(cell), last = homes.end(cell);
         if (first == last) continue;
         grid.collect(bins, cell, worker.block);
-        scan_all(worker, last - first, false, [&](int64_t k) {
-          const int64_t i = homes.points.id[first + k];
-          return Home{i, centres_.xyz + 3 * i};
-        });
+        scan_all(worker, last - first, false, [&](int64_t k) { return home(homes.points, first + k); });
       }
     });
   }
@@ -131,17 +128,15 @@ class GraphSearch {
       for (int64_t l = begin; l < end; ++l) {
         const auto& leaf = homes.node(homes.leaves()[size_t(l)]);
         const bool together = tree.collect(leaf.box, reach2_, kMaxLeafBlock, worker.block);
-        const auto home = [&](int64_t k) {
-          const int64_t i = homes.points().id[leaf.begin + k];
-          return Home{i, centres_.xyz + 3 * i};
-        };
         if (together) {
-          scan_all(worker, leaf.end - leaf.begin, false, home);
+          scan_all(worker, leaf.end - leaf.begin, false,
+                   [&](int64_t k) { return home(homes.points(), leaf.begin + k); });
           continue;
         }
-        for (int64_t k = 0; k < leaf.end - leaf.begin; ++k) {
-          tree.collect(box_of(home(k).xyz), reach2_, points_.n, worker.block);
-          scan_all(worker, 1, false, [&](int64_t) { return home(k); });
+        for (int64_t k = leaf.begin; k < leaf.end; ++k) {
+          const Home one = home(homes.points(), k);
+          tree.collect(box_of(one.xyz), reach2_, points_.n, worker.block);
+          scan_all(worker, 1, false, [&](int64_t) { return one; });
         }
       }
     });
@@ -164,8 +159,17 @@ class GraphSearch {
 
   struct Home {
     int64_t i;
-    const T* xyz;
+    T xyz[3];
   };
+
+  Home home(int64_t i) const {
+    const T* p = centres_.xyz + 3 * i;
+    return {i, {p[0], p[1], p[2]}};
+  }
+  // Sorted points lie in the order in which they are asked for; the originals may lie anywhere.
+  static Home home(const Columns<T>& sorted, int64_t k) {
+    return {sorted.id[k], {sorted.x[k], sorted.y[k], sorted.z[k]}};
+  }
 
   // Compares `count` centres with the block. A few centres at a time are scanned first and then settled, because a
   // list that was just written in pieces cannot be read in whole vectors yet without waiting for the store buffer.
