@@ -62,16 +62,15 @@ def _differ(size: int | torch.SymInt, expected: int | torch.SymInt) -> bool:
     return bool(guard_or_false(different))
 
 
-def same_device(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
-    for name, value in others.items():
-        if value is not None and value.device != reference.device:
-            raise ValueError(
-                f"{name}: expected device {reference.device} (that of {reference_name}), got {value.device}"
-            )
+def same_device(name: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
+    if value.device != reference.device:
+        raise ValueError(f"{name}: expected device {reference.device} (that of {reference_name}), got {value.device}")
 
 
 def integer(name: str, value: Any, *, minimum: int | None = None, optional: bool = False) -> None:
     """TypeError unless `value` is an int (bool is not; a symbolic int is), ValueError below `minimum`."""
+    if type(value) is int and (minimum is None or minimum <= value) and -(2**63) <= value < 2**63:
+        return
     if value is None and optional:
         return
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):

@@ -9,10 +9,12 @@ Whatever is not certainly plain takes the dispatcher.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 _C: Any = torch._C
@@ -55,6 +57,13 @@ _EXACT: dict[str, frozenset[type]] = {
 }
 
 
+@dataclass
+class _Layout:
+    fits: bool
+    tensors: list[int]
+    ints: list[int]
+
+
 class DirectCalls:
     """Tells the calls of one op that can only end in its CPU implementation (under autograd, where that is on).
 
@@ -66,35 +75,35 @@ class DirectCalls:
         self._exact = [
             _EXACT.get(kind, frozenset()) | ({type(None)} if optional else set()) for kind, optional in kinds
         ]
-        # For each combination of argument types seen: where the tensors and the ints stand; None if it does not fit.
-        self._layouts: dict[tuple[type, ...], tuple[list[int], list[int]] | None] = {}
+        self._layouts: dict[tuple[type, ...], _Layout] = {}  # for each combination of argument types seen
 
-    def tensors(self, args: tuple[Any, ...]) -> list[Tensor] | None:
-        """The tensors among the arguments of such a call, None for any other call."""
-        if is_compiling() or not _KNOWN:
+    def with_gradient(self, args: tuple[Any, ...]) -> bool | None:
+        """Whether such a call asks for a gradient; None for any other call."""
+        if is_compiling() or not _KNOWN or forward_ad._current_level >= 0:
             return None
         if _function_modes() or _is_profiling() or _keys_added().raw_repr() not in _NO_MODE:
             return None
         types = tuple(map(type, args))
-        layout = self._layouts[types] if types in self._layouts else self._learn(types)
-        if layout is None:
-            return None
-        found = [args[i] for i in layout[0]]
-        for tensor in found:
+        layout = self._layouts.get(types) or self._learn(types)
+        requires_grad = False
+        for i in layout.tensors:
+            tensor = args[i]
             if _keys_of(tensor).raw_repr() not in _PLAIN:
                 return None
-        for i in layout[1]:
+            requires_grad = requires_grad or tensor.requires_grad
+        for i in layout.ints:
             if not -(2**63) <= args[i] < 2**63:
                 return None
-        return found
+        if not layout.fits:
+            return None
+        return requires_grad and torch.is_grad_enabled()
 
-    def _learn(self, types: tuple[type, ...]) -> tuple[list[int], list[int]] | None:
-        layout = None
-        if all(have in allowed for have, allowed in zip(types, self._exact, strict=True)):
-            tensors = [i for i, have in enumerate(types) if have in _TENSORS]
-            layout = tensors, [i for i, have in enumerate(types) if have is int]
-        self._layouts[types] = layout
-        return layout
+    def _learn(self, types: tuple[type, ...]) -> _Layout:
+        fits = all(have in allowed for have, allowed in zip(types, self._exact, strict=True))
+        tensors = [i for i, have in enumerate(types) if fits and have in _TENSORS]
+        ints = [i for i, have in enumerate(types) if fits and have is int]
+        self._layouts[types] = _Layout(fits, tensors, ints)
+        return self._layouts[types]
 
 
 def autograd_is_on() -> bool:

@@ -97,7 +97,7 @@ class _Edges:
             if value is not None:
                 _check.dtype(name, value, [dtype])
                 _check.shape(name, value, shape)
-                _check.same_device("distance", distance, **{name: value})
+                _check.same_device(name, value, "distance", distance)
         _check_nodes(distance, batch, ptr, num_points, num_centres, cell_shape)
         rows = self.address(edge_index)
         centre, neighbour = (rows, rows + 8 * m) if centre_is_source else (rows + 8 * m, rows)
@@ -126,7 +126,7 @@ def _check_nodes(
         if ids is not None:
             _check.dtype(name, ids, [torch.int64, torch.int32])
             _check.shape(name, ids, shape)
-            _check.same_device("distance", distance, **{name: ids})
+            _check.same_device(name, ids, "distance", distance)
     if ptr is not None and ptr.shape[0] == 0:
         raise ValueError("ptr_centres: expected at least one entry, got none")
     if cell_shape is not None and (
@@ -165,7 +165,7 @@ def _double_cpu(gg_points: Tensor, gg_centres: Tensor, gg_cell: Tensor, *args: A
     for (name, value), want in zip(incoming, _backward_fake(*args), strict=True):
         _check.dtype(name, value, [want.dtype])
         _check.shape(name, value, list(want.shape))
-        _check.same_device("distance", args[3], **{name: value})
+        _check.same_device(name, value, "distance", args[3])
     to_grad_distance, to_grad_vector, to_distance, to_vector = out = _double_fake(gg_points, gg_centres, gg_cell, *args)
     _native.cpu.radius_graph_double_backward(
         e.code, e.edges, e.num_points, e.centres, e.num_cells, e.address(gg_points),

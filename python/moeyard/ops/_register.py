@@ -7,7 +7,7 @@ through `register()` instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -85,12 +85,11 @@ class Op:
         return other
 
     def __call__(self, *args: Any) -> Any:
-        tensors = self._direct.tensors(args)
-        if tensors is not None:
-            if not _asks_for_gradient(tensors):
-                return self._cpu(*args)
-            if self._apply is not None and autograd_is_on():
-                return self._apply(*args)
+        with_gradient = self._direct.with_gradient(args)
+        if with_gradient is False:
+            return self._cpu(*args)
+        if with_gradient and self._apply is not None and autograd_is_on():
+            return self._apply(*args)
         for name, (kind, optional), value in zip(self._names, self._types, args, strict=True):
             _check.argument(name, kind, optional, value, self._options.get(name, ()))
         return self.overload(*args)
@@ -167,15 +166,11 @@ def _refusing(message: str) -> type[Gradient]:
     return Refusing
 
 
-def _asks_for_gradient(args: Iterable[Any]) -> bool:
+def _asks_for_gradient(args: tuple[Any, ...]) -> bool:
     # Forward-mode AD goes the same way, so that torch answers with its error instead of dropping the tangent.
     if forward_ad._current_level >= 0:
         return True
-    if torch.is_grad_enabled():
-        for arg in args:
-            if isinstance(arg, Tensor) and arg.requires_grad:
-                return True
-    return False
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
 def _no_cuda(name: str) -> Callable[..., Any]:

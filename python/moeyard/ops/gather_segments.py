@@ -102,11 +102,12 @@ def _validate(values: Tensor, ptr: Tensor, index: Tensor, add: Tensor | None, to
     if values.element_size() not in (1, 2, 4, 8):
         raise TypeError(f"values: expected a dtype of 1, 2, 4 or 8 bytes, got {values.dtype}")
     _validate_ids(ptr, index)
-    _check.same_device("values", values, ptr=ptr, index=index)
+    _check.same_device("ptr", ptr, "values", values)
+    _check.same_device("index", index, "values", values)
     if total is not None:
         _check.integer("total", total, minimum=0)
     if add is not None:
-        _check.same_device("values", values, add=add)
+        _check.same_device("add", add, "values", values)
         _check.shape("add", add, [index.shape[0]])
         _check.dtype("add", add, _INTS)
         _check.dtype("values (with add)", values, _ADDABLE)
@@ -178,7 +179,8 @@ def _validate_backward(grad: Tensor, ptr: Tensor, index: Tensor, num_values: Any
         raise ValueError("grad: expected shape [R, ...], got []")
     _check.dtype("grad", grad, _FLOATS)
     _validate_ids(ptr, index)
-    _check.same_device("grad", grad, ptr=ptr, index=index)
+    _check.same_device("ptr", ptr, "grad", grad)
+    _check.same_device("index", index, "grad", grad)
     _check.integer("num_values", num_values, minimum=0)
 
 

@@ -104,9 +104,10 @@ def _validate(name: str, source: Tensor, row_of_slot: Tensor, slot_of_row: Tenso
         _check.shape("plan.slot_of_row", slot_of_row, source.shape[:1])
     _check.dtype("plan.row_of_slot", row_of_slot, _MAP)
     _check.dtype("plan.slot_of_row", slot_of_row, _MAP)
-    _check.same_device(name, source, **{"plan.row_of_slot": row_of_slot, "plan.slot_of_row": slot_of_row})
+    _check.same_device("plan.row_of_slot", row_of_slot, name, source)
+    _check.same_device("plan.slot_of_row", slot_of_row, name, source)
     if weights is not None:
-        _check.same_device(name, source, **{weights_name: weights})
+        _check.same_device(weights_name, weights, name, source)
         _check.shape(weights_name, weights, row_of_slot.shape)
         _check.dtype(weights_name, weights, _FLOATS)
         _check.dtype(f"{name} (with {weights_name})", source, _FLOATS)
@@ -134,7 +135,7 @@ def _validate_backward(
         raise ValueError(f"need_weights: expected {name} and the weights with it, got None")
     _validate(name, source, row_of_slot, slot_of_row, weights)
     _check.dtype(name, source, (grad.dtype,))
-    _check.same_device("grad", grad, **{name: source})
+    _check.same_device(name, source, "grad", grad)
     _check.shape(name, source, [source.shape[0], grad.shape[1]])
 
 

@@ -108,7 +108,7 @@ def _validate(experts: Tensor, num_experts: Any, capacity: Any, drop: str, weigh
             raise ValueError(f'weights: expected None unless drop="weight", got a tensor with drop={drop!r}')
         _check.shape("weights", weights, list(experts.shape))
         _check.dtype("weights", weights, _WEIGHTS)
-        _check.same_device("experts", experts, weights=weights)
+        _check.same_device("weights", weights, "experts", experts)
     tokens, k = experts.shape
     rows = plan_rows(tokens, k, num_experts, capacity, align)
     limited = (("experts: T * k", tokens * k), ("num_experts", num_experts), ("experts: rows with padding", rows))

@@ -219,20 +219,20 @@ def _validate(
     _validate_set(pos, batch, ptr, "x" if two_sets else "pos", "_x" if two_sets else "")
     if centres is not None:
         _validate_set(centres, batch_centres, ptr_centres, "y", "_y")
-        _check.same_device("x", pos, y=centres)
+        _check.same_device("y", centres, "x", pos)
         _check.dtype("y", centres, (pos.dtype,))
         if symmetric or half or k is not None:
             raise ValueError("centres: expected one set of points with symmetric, half or k, got two")
     elif batch_centres is not None or ptr_centres is not None:
         raise ValueError("batch_centres, ptr_centres: expected None without centres")
     if cell is not None:
-        _check.same_device("x" if two_sets else "pos", pos, cell=cell)
+        _check.same_device("cell", cell, "x" if two_sets else "pos", pos)
         _check.dtype("cell", cell, (pos.dtype,))
         _check.shape("cell", cell, ["G", 3, 3] if cell.dim() == 3 else [3, 3])
     if pbc is not None:
         if cell is None:
             raise ValueError("pbc: expected a cell with it, got cell None")
-        _check.same_device("x" if two_sets else "pos", pos, pbc=pbc)
+        _check.same_device("pbc", pbc, "x" if two_sets else "pos", pos)
         _check.dtype("pbc", pbc, (torch.bool,))
         _check.shape("pbc", pbc, ["G", 3] if pbc.dim() == 2 else [3])
     _check.integer("k", k, minimum=1, optional=True)
@@ -252,13 +252,13 @@ def _validate_set(pos: Tensor, batch: Tensor | None, ptr: Tensor | None, name: s
     if batch is not None:
         _check.dtype(f"batch{suffix}", batch, (torch.int64, torch.int32))
         _check.shape(f"batch{suffix}", batch, [pos.shape[0]])
-        _check.same_device(name, pos, **{f"batch{suffix}": batch})
+        _check.same_device(f"batch{suffix}", batch, name, pos)
     if ptr is not None:
         _check.dtype(f"ptr{suffix}", ptr, (torch.int64, torch.int32))
         _check.rank(f"ptr{suffix}", ptr, ("G + 1",))
         if ptr.shape[0] == 0:
             raise ValueError(f"ptr{suffix}: expected at least one entry, got none")
-        _check.same_device(name, pos, **{f"ptr{suffix}": ptr})
+        _check.same_device(f"ptr{suffix}", ptr, name, pos)
 
 
 def _check_count(name: str, xyz: Tensor) -> None:

@@ -172,16 +172,16 @@ def _validate(
     if scale != 1.0:
         _check_scale(scale, compute_dtype(logits.dtype))
     if selection_bias is not None:
-        _check.same_device("logits", logits, selection_bias=selection_bias)
+        _check.same_device("selection_bias", selection_bias, "logits", logits)
         _check.dtype("selection_bias", selection_bias, _DTYPES)
         _check.shape("selection_bias", selection_bias, [E])
     if mask is not None:
-        _check.same_device("logits", logits, mask=mask)
+        _check.same_device("mask", mask, "logits", logits)
         _check.dtype("mask", mask, [torch.bool])
         _check.shape("mask", mask, [T])
     _check.option("forced_weights", forced_weights, FORCED_WEIGHTS)
     if forced_experts is not None:
-        _check.same_device("logits", logits, forced_experts=forced_experts)
+        _check.same_device("forced_experts", forced_experts, "logits", logits)
         _check.dtype("forced_experts", forced_experts, [torch.int32, torch.int64])
         _check.shape("forced_experts", forced_experts, [T] if forced_experts.dim() == 1 else [T, k])
     elif forced_weights == "one":
@@ -198,9 +198,10 @@ def _validate_backward(
     E = logits.shape[1]
     shapes: tuple[list[int], ...] = (list(experts.shape), [E], [E], [], [])
     names = ("grad_weights", "grad_score_sum", "grad_weight_sum", "grad_logsumexp_sq", "grad_entropy_sum")
-    _check.same_device("logits", logits, experts=experts, **dict(zip(names, grads, strict=True)))
+    _check.same_device("experts", experts, "logits", logits)
     for name, grad, shape in zip(names, grads, shapes, strict=True):
         if grad is not None:
+            _check.same_device(name, grad, "logits", logits)
             _check.dtype(name, grad, [compute_dtype(logits.dtype)])
             _check.shape(name, grad, shape)
 
