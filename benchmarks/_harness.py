@@ -223,7 +223,8 @@ class Suite:
             self._row(row, mine, None, None, limit, notes, limit.split()[-1])
         if best is not None:
             ranked = sorted(times, key=lambda name: times[name].median)
-            others = [f"{name} {nice_time(times[name].median)}" for name in ranked[1:]]
+            single = {name: " (once)" if len(times[name].rounds) == 1 else "" for name in ranked}
+            others = [f"{name} {nice_time(times[name].median)}{single[name]}" for name in ranked[1:]]
             notes += ["others: " + ", ".join(others)] if others else []
             self._row(row, mine, ranked[0] if ranked else None, times, best, notes)
         else:
@@ -272,10 +273,14 @@ class Suite:
                 side(inputs[0])  # the first call warms up
             once = {name: self._time_once(side, inputs[0]) for name, side in sides.items()}
             times = self._interleave(sides, inputs, once, 4 * self.rounds)
-        ours, alloc = times[""].median, times[base_name].median
-        note = "; ".join(filter(None, [f"whole call {nice_time(ours)} ({times[''].text()})", note]))
+        more = statistics.median(a - b for a, b in zip(times[""].rounds, times[base_name].rounds, strict=True))
+        notes = [f"whole call {nice_time(times[''].median)} ({times[''].text()})", note]
+        if more <= 0:
+            notes.append("not more than the base: too noisy to say")
+        alloc = times[base_name].median
         self.record(
-            row, (ours - alloc) * 1e6, "us", peer=alloc * 1e6, peer_name=base_name, target=target, note=note
+            row, more * 1e6 if more > 0 else None, "us", peer=alloc * 1e6, peer_name=base_name, target=target,
+            note="; ".join(filter(None, notes)),
         )  # fmt: skip
 
     def document(self) -> dict[str, Any]:

@@ -230,21 +230,25 @@ def _matscipy(geometry: bool, threads: int) -> Search | None:
     return call
 
 
-def _scipy(geometry: bool, threads: int) -> Search | None:
-    module = optional("scipy.spatial")
-    if module is None or geometry:
-        return None
+def _scipy(**options: Any) -> Callable[[bool, int], Search | None]:
+    def build(geometry: bool, threads: int) -> Search | None:
+        module = optional("scipy.spatial")
+        if module is None or geometry:
+            return None
 
-    def call(points: Points) -> tuple[Any, ...]:
-        pos = points.pos.numpy()
+        def call(points: Points) -> tuple[Any, ...]:
+            pos = points.pos.numpy()
 
-        def one(begin: int, end: int) -> tuple[Any, ...]:
-            half = module.cKDTree(pos[begin:end]).query_pairs(CUTOFF, output_type="ndarray").T
-            return (torch.from_numpy(np.concatenate([half, half[::-1]], 1)),)
+            def one(begin: int, end: int) -> tuple[Any, ...]:
+                tree = module.cKDTree(pos[begin:end], **options)
+                half = tree.query_pairs(CUTOFF, output_type="ndarray").T
+                return (torch.from_numpy(np.concatenate([half, half[::-1]], 1)),)
 
-        return _joined(points, one)
+            return _joined(points, one)
 
-    return call
+        return call
+
+    return build
 
 
 def _freud(geometry: bool, threads: int) -> Search | None:
@@ -272,7 +276,8 @@ def _freud(geometry: bool, threads: int) -> Search | None:
 
 
 _SEARCHES: dict[str, Callable[[bool, int], Search | None]] = {
-    "scipy cKDTree, mirrored": _scipy,
+    "scipy cKDTree, mirrored": _scipy(),
+    "scipy cKDTree unbalanced, mirrored": _scipy(balanced_tree=False, compact_nodes=False),
     "torch_cluster": _torch_cluster,
     "PyG with pyg-lib": _pyg,
     "vesin": _vesin,
@@ -285,10 +290,14 @@ _SEARCHES: dict[str, Callable[[bool, int], Search | None]] = {
 }
 #: Peers that return distances and vectors too.
 WITH_GEOMETRY = ("vesin", "vesin-torch", "nvalchemiops naive", "nvalchemiops cell list", "tonari", "matscipy", "freud")
+#: Peers that can use several threads; freud can too, but is left out of graphs of that size.
+WITH_THREADS = ("vesin", "vesin-torch", "tonari")
 
 
 def radius_peers(geometry: bool, threads: int = 1) -> dict[str, Search | None]:
     names = WITH_GEOMETRY if geometry else tuple(_SEARCHES)
+    if threads > 1:
+        names = tuple(name for name in names if name in WITH_THREADS)
     return {name: _SEARCHES[name](geometry, threads) for name in names}
 
 

@@ -23,7 +23,7 @@ from _harness import Peer, Suite, fresh_seed, main
 
 BUDGET = 6800  # next-fit fills about 95.4 % of it
 RANKS = 8  # multipack packs for all ranks at once and keeps one rank's share
-MULTIPACK = "not installed: benchmarks/peers.sh puts its file into build/peers"
+MULTIPACK = "not installed: not on PyPI; put multipack_sampler.py into build/peers/multipack_sampler"
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +18,7 @@ from torch import Tensor
 import _memory
 import _peers
 import moeyard
-from _harness import ONE_CORE, Peer, Suite, cases, main
+from _harness import ONE_CORE, Peer, Suite, cases, line, main
 from _machine import all_threads
 
 T, E = 16_384, 64
@@ -151,6 +157,10 @@ def gather_sum(r: Routed) -> Tensor:
     return (gathered * r.weights.to(r.y.dtype).unsqueeze(-1)).sum(1)
 
 
+def embedding_bag(r: Routed) -> Tensor:
+    return torch.nn.functional.embedding_bag(r.row_of_slot, r.y, mode="sum", per_sample_weights=r.weights.to(r.y.dtype))
+
+
 def close(ours: Tensor, theirs: Tensor, inputs: Any) -> None:
     # bf16 peers round after every step, ours once at the end.
     loose = 0.1 if ours.dtype == torch.bfloat16 else 1e-4
@@ -173,6 +183,7 @@ def bench_unpermute(suite: Suite, case: str) -> None:
     peers = [
         Peer("index_add", index_add, close, target),
         Peer("gather, multiply, sum", gather_sum, close, target),
+        Peer("embedding_bag", embedding_bag, close),
         Peer("Megatron-Core unfused unpermute", unfused if megatron else None, close),
     ]
     row = f"unpermute with weights, T={tokens_of(suite)} H=1024, {key}"
@@ -211,6 +222,20 @@ def bench_unpermute_backward(suite: Suite, case: str) -> None:
     suite.compare(row, make, ours, [Peer("gather, multiply, sum", peer, same)])
 
 
+@cases("bench_permute[", "bench_unpermute[")
+def bench_huge_pages(suite: Suite, part: str) -> None:
+    """The same in a process where torch's allocator asks for huge pages as well, which it does not by default: what is
+    left of the ratios is the kernels'."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.json"
+        command = [sys.executable, __file__, "-k", part, "--json", str(file), *(["--quick"] if suite.quick else [])]
+        environment = os.environ | {"THP_MEM_ALLOC_ENABLE": "1"}
+        subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+        for row in json.loads(file.read_text())["rows"]:
+            suite.rows.append(row | {"row": f"{row['row']}, huge pages for torch too", "target": None, "holds": None})
+            print(line(suite.rows[-1]), flush=True)
+
+
 def bench_memory(suite: Suite) -> None:
     _memory.record(suite, __file__)
 
@@ -218,11 +243,21 @@ def bench_memory(suite: Suite) -> None:
 def memory_cases(quick: bool) -> dict[str, Callable[[], Any]]:
     r = routed("k=2 float32")(1)
     b = routed("k=8 bf16")(1)
+    y, weights = r.y.clone().requires_grad_(), r.weights.clone().requires_grad_()
+
+    def backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(moeyard.unpermute_tokens(y, r.plan, weights), (y, weights), r.x)
+
+    def by_weight() -> moeyard.PermutationPlan:
+        return moeyard.plan_permutation(b.experts, E, capacity=2048, drop="weight", weights=b.weights)
+
     return {
         "plan_permutation, 131,072 assignments": lambda: moeyard.plan_permutation(b.experts, E),
+        "plan_permutation by weight, 131,072 assignments": by_weight,
         "permute, k=2 float32": lambda: moeyard.permute_tokens(r.x, r.plan),
         "unpermute with weights, k=2 float32": lambda: moeyard.unpermute_tokens(r.y, r.plan, r.weights),
         "unpermute with weights, k=8 bf16": lambda: moeyard.unpermute_tokens(b.y, b.plan, b.weights),
+        "unpermute with weights forward+backward, k=2 float32": backward,
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 import _data
@@ -65,17 +66,27 @@ def same_edges(ours: moeyard.RadiusGraph, theirs: tuple[Any, ...], points: Point
 
 
 def same_geometry(ours: moeyard.RadiusGraph, theirs: tuple[Any, ...], points: Points) -> None:
+    """Both against the coordinates, then the distances of the edges that both have."""
     same_edges(ours, theirs, points)
+    between = points.pos[ours.edge_index[0]] - points.pos[ours.edge_index[1]]  # neighbour less centre
+    torch.testing.assert_close(ours.vector, between, rtol=0, atol=0)
+    torch.testing.assert_close(ours.distance, between.norm(dim=1), rtol=1e-5, atol=1e-6)
     edges, *geometry = theirs
-    distance = next(x for x in geometry if x.dim() == 1)
-    vector = next(x for x in geometry if x.dim() == 2)
-    between = (points.pos[edges[0]] - points.pos[edges[1]]).norm(dim=1)
-    torch.testing.assert_close(distance.float(), between, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(vector.float().norm(dim=1), between, rtol=1e-4, atol=1e-4)
+    distance = next(x for x in geometry if x.dim() == 1).float()
+    vector = next(x for x in geometry if x.dim() == 2).float()
+    between = points.pos[edges[0]] - points.pos[edges[1]]
+    sign = -1 if len(vector) and (vector[0] * between[0]).sum() < 0 else 1  # peers differ, but each has one direction
+    torch.testing.assert_close(sign * vector, between, rtol=1e-4, atol=1e-4)
+    keys, order = (ours.edge_index[0] * len(points.pos) + ours.edge_index[1]).sort()
+    others, place = (edges[0] * len(points.pos) + edges[1]).sort()
+    mine, his = ours.distance[order], distance[place]
+    if not torch.equal(keys, others):
+        mine, his = mine[torch.isin(keys, others)], his[torch.isin(others, keys)]
+    torch.testing.assert_close(his, mine, rtol=1e-4, atol=1e-4)
 
 
-def peers(geometry: bool, points: Points) -> list[Peer]:
-    """All of them, but for the slowest where a call would take many seconds."""
+def peers(geometry: bool, points: Points, threads: int = 1) -> list[Peer]:
+    """All of them (with two threads and more: that have threads), but for the slowest where a call takes seconds."""
     same = same_geometry if geometry else same_edges
     largest = max(end - begin for begin, end in points.graphs)
     too_slow = {
@@ -84,7 +95,7 @@ def peers(geometry: bool, points: Points) -> list[Peer]:
         "freud": (len(points.pos) > 20_000, "left out over 20,000 atoms: see the rows with fewer"),
     }
     found = []
-    for name, call in _peers.radius_peers(geometry).items():
+    for name, call in _peers.radius_peers(geometry, threads).items():
         left_out, why = too_slow.get(name, (False, ""))
         if call is not None and left_out:
             found.append(Peer(name, None, same, why=why))
@@ -120,7 +131,7 @@ def bench_geometry(suite: Suite, case: str) -> None:
 
 @cases("proteins", "50k", "500k")
 def bench_all_threads(suite: Suite, case: str) -> None:
-    """Two threads beside one, and all threads beside the peers that have threads."""
+    """Two threads beside one, and beside the peers that have threads."""
     name, make, _ = case_of(suite, case)
 
     def threads(number: int) -> Callable[[Points], moeyard.RadiusGraph]:
@@ -135,7 +146,9 @@ def bench_all_threads(suite: Suite, case: str) -> None:
         suite.record(row, None, "ms", target=">= 1.6 x", note=ONE_CORE)
         return
     one = Peer("moeyard, 1 thread", threads(1), same_bits, ">= 1.6 x")
-    suite.compare(f"radius_graph edges, 2 threads: {name}", make, threads(2), [one], threads=2)
+    row = f"radius_graph edges, 2 threads: {name}"
+    suite.compare(row, make, threads(2), [one], threads=2)
+    suite.compare(row, make, search, peers(False, make(0), threads=2), threads=2)
 
 
 def same_bits(ours: moeyard.RadiusGraph, theirs: moeyard.RadiusGraph, points: Points) -> None:
@@ -150,13 +163,19 @@ def bench_shuffled(suite: Suite, case: str) -> None:
         points = make(seed)
         return points, _data.shuffled(points, seed)
 
-    ordered = Peer("moeyard, in chain order", lambda pair: search(pair[0]), as_many, ">= 0.714 x")
+    ordered = Peer("moeyard, in chain order", lambda pair: search(pair[0]), same_relabelled, ">= 0.714 x")
     row = f"radius_graph edges, atoms shuffled: {name}"
     suite.compare(row, both, lambda pair: search(pair[1]), [ordered], note="at most 1.4 times as long")
 
 
-def as_many(ours: moeyard.RadiusGraph, theirs: moeyard.RadiusGraph, pair: tuple[Points, Points]) -> None:
-    assert ours.edge_index.shape == theirs.edge_index.shape, "numbers of edges differ"
+def same_relabelled(ours: moeyard.RadiusGraph, theirs: moeyard.RadiusGraph, pair: tuple[Points, Points]) -> None:
+    """The same edges once the shuffled atoms have their old numbers, which their coordinates tell."""
+    ordered, mixed = (torch.from_numpy(np.lexsort((*p.pos.numpy().T, p.batch.numpy()))) for p in pair)
+    old = torch.empty_like(ordered)
+    old[mixed] = ordered
+    assert torch.equal(pair[0].pos[old], pair[1].pos), "the shuffled atoms are others"
+    mine, other = (_peers.edge_keys(edges, len(old)) for edges in (old[ours.edge_index], theirs.edge_index))
+    assert torch.equal(mine, other), "the edges differ"
 
 
 def bench_linear(suite: Suite) -> None:
@@ -212,11 +231,18 @@ def bench_memory(suite: Suite) -> None:
 
 def memory_cases(quick: bool) -> dict[str, Callable[[], Any]]:
     points = _data.make_protein(1, 100_000 if quick else 500_000)
-    many = _data.make_molecules(1)
+    many, centres = _data.make_molecules(1), points.pos[::10].contiguous()
     return {
         f"radius_graph edges: {len(points.pos):,} atoms": lambda: search(points),
         f"radius_graph edges, distances and vectors: {len(points.pos):,} atoms": lambda: with_geometry(points),
         "radius_graph edges: 1,000 molecules": lambda: search(many),
+        f"radius edges, every tenth atom as centre: {len(points.pos):,} atoms": lambda: moeyard.radius(
+            points.pos, centres, CUTOFF, geometry=False
+        ),
+        f"knn_graph edges, k=16: {len(points.pos):,} atoms": lambda: moeyard.knn_graph(points.pos, 16, geometry=False),
+        f"knn_graph edges, distances and vectors, k=16: {len(points.pos):,} atoms": lambda: moeyard.knn_graph(
+            points.pos, 16
+        ),
     }
 
 

@@ -41,6 +41,9 @@ def gather_segments(
 ) -> Segments:
     """Collates chosen segments of `values` in the order of `index`.
 
+    For edge lists keep all sources, then all targets, two segments per sample: with `index` and those ids + S again the
+    values are a batch's [2, M], flattened.
+
     Args:
         values: [n, ...] of any dtype of 1, 2, 4 or 8 bytes; may be memory-mapped and read-only (only the chosen rows
             are read, if it is contiguous).
