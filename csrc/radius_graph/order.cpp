@@ -17,6 +17,7 @@ void sort_any(const int32_t* ids, int64_t n, int32_t base, int32_t* out) {
 template <int Lanes, int Vectors>
 struct Network {
   typedef int32_t Ints __attribute__((vector_size(4 * Lanes)));
+  typedef uint32_t Words __attribute__((vector_size(4 * Lanes)));
 
   // In blocks of `Up`, alternately rising and falling, every number meets the one `Apart` places away.
   template <int Up, int Apart, size_t... Lane>
@@ -61,7 +62,8 @@ struct Network {
     std::memcpy(&lane, kLane, sizeof(lane));
     for (int v = 0; v < Vectors; ++v) a[v] = lane < n - v * Lanes ? a[v] : Ints{} + std::numeric_limits<int32_t>::max();
     sort<Lanes * Vectors>(a);
-    for (int v = 0; v < Vectors; ++v) a[v] += base;
+    // The padding may run over, so not as signed numbers.
+    for (int v = 0; v < Vectors; ++v) a[v] = (Ints)((Words)a[v] + uint32_t(base));
     std::memcpy(out, a, sizeof(a));
   }
 };

@@ -17,7 +17,7 @@ class LaneBackward {
         call_(call),
         grads_(grads),
         to_scores_(g.score != Score::softmax_topk && !g.renormalize),
-        chosen_only_(g.score == Score::softmax_topk && !grads.score_sum && !grads.of_softmax()) {
+        chosen_only_(may_skip_others(g, grads) || (g.score == Score::softmax_topk && grads.of_weights_only())) {
     for (A** block : {&x_, &p_, &chosen_grad_}) *block = carve.take<A>(g.experts * W);
     for (A** block : {&c_, &gc_, &cx_}) *block = carve.take<A>(g.k * W);
     id_ = carve.take<int32_t>(g.k * W);
@@ -29,13 +29,13 @@ class LaneBackward {
   /// Rows [t, t + rows), rows <= W. False, with nothing written, where a row has a NaN or an id that does not exist:
   /// such blocks are left to the path of single rows.
   bool run(int64_t t, int64_t rows) {
-    if (chosen_only_) return run_chosen(t, rows);
     const M live = live_lanes<V>(call_.mask, t, rows);
     if (!load_ids(t, rows)) return false;
     BlockMax<V> top;
     load_block<V>(static_cast<const T*>(call_.logits) + t * g_.experts, g_.experts, rows, x_,
                   [&](V v) MOEYARD_INLINE_LAMBDA { top.see(v); });
     if (any_lane(top.has_nan & live)) return false;
+    if (chosen_only_) return run_chosen(t, rows, top.max, live);
     BlockSoftmax<V> softmax{};
     if (!is_elementwise(g_.score) || grads_.of_softmax()) {
       softmax = block_softmax<V>(x_, g_.experts, top.max, p_);
@@ -51,30 +51,24 @@ class LaneBackward {
 
  private:
   // Where nothing but the chosen logits has a gradient, no softmax over all experts is needed and most of it is zeros.
-  bool run_chosen(int64_t t, int64_t rows) {
-    const T* logits = static_cast<const T*>(call_.logits) + t * g_.experts;
-    if (has_nan(logits, rows * g_.experts) || !load_ids(t, rows)) return false;
-    for (int64_t s = 0; s < g_.k * W; ++s)
-      cx_[s] = A(to_float(logits[std::min(s % W, rows - 1) * g_.experts + id_[s]]));
-    chosen_scores();
+  bool run_chosen(int64_t t, int64_t rows, V max, M live) {
+    gather(x_, cx_);
+    if (g_.score == Score::softmax) {
+      M gone{};
+      for (int64_t s = 0; s < g_.k; ++s) gone |= vanishes<V>(load_lanes<V>(cx_ + s * W), max);
+      if (any_lane(gone & live)) return false;
+    }
+    softmax_over_chosen();
     weights_backward(t, rows);
     softmax_backward();
     T* out = static_cast<T*>(call_.grad_logits) + t * g_.experts;
     std::memset(static_cast<void*>(out), 0, size_t(rows * g_.experts) * sizeof(T));
     for (int64_t l = 0; l < rows; ++l) {
       if (call_.mask && !call_.mask[t + l]) continue;
-      for (int64_t s = 0; s < g_.k; ++s) out[l * g_.experts + id_[s * W + l]] = from_float<T>(gc_[s * W + l]);
+      // Adding 0 makes -0 what it is where it is added to a sum.
+      for (int64_t s = 0; s < g_.k; ++s) out[l * g_.experts + id_[s * W + l]] = from_float<T>(A(0) + gc_[s * W + l]);
     }
     return true;
-  }
-
-  static bool has_nan(const T* logits, int64_t n) {
-    int32_t nan = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      const A x = A(to_float(logits[i]));
-      nan |= x != x;
-    }
-    return nan != 0;
   }
 
   // Rows that are not looked at get id 0.
@@ -95,14 +89,15 @@ class LaneBackward {
     for (int64_t s = 0; s < g_.k * W; ++s) to[s] = from[int64_t(id_[s]) * W + s % W];
   }
 
+  void softmax_over_chosen() {
+    const BlockSoftmax<V> softmax = block_softmax<V>(cx_, g_.k, block_max<V>(cx_, g_.k).max, c_);
+    for (int64_t s = 0; s < g_.k; ++s) store_lanes<V>(c_ + s * W, load_lanes<V>(c_ + s * W) / softmax.sum);
+  }
+
   // Of the logits in cx, to c.
   void chosen_scores() {
     if (g_.score == Score::softmax) return gather(p_, c_);
-    if (g_.score == Score::softmax_topk) {
-      const BlockSoftmax<V> softmax = block_softmax<V>(cx_, g_.k, block_max<V>(cx_, g_.k).max, c_);
-      for (int64_t s = 0; s < g_.k; ++s) store_lanes<V>(c_ + s * W, load_lanes<V>(c_ + s * W) / softmax.sum);
-      return;
-    }
+    if (g_.score == Score::softmax_topk) return softmax_over_chosen();
     for (int64_t s = 0; s < g_.k; ++s)
       store_lanes<V>(c_ + s * W, elementwise_score(g_.score, load_lanes<V>(cx_ + s * W)));
   }
@@ -116,7 +111,7 @@ class LaneBackward {
       for (int64_t s = 0; s < g_.k * W; ++s) gc_[s] += grads_.weight_sum[id_[s]];
     const A scale = A(g_.scale);
     for (int64_t s = 0; s < g_.k * W; ++s) gc_[s] *= scale;
-    if (!g_.renormalize || g_.score == Score::softmax_topk) return;
+    if (!g_.renormalize || g_.score == Score::softmax_topk || chosen_only_) return;
     const auto c = [&](int64_t s) { return load_lanes<V>(c_ + s * W); };
     const auto gc = [&](int64_t s) { return load_lanes<V>(gc_ + s * W); };
     const V sum = lane_sum<V>(g_.k, c);

@@ -20,7 +20,22 @@ struct Gradients {
         entropy_sum(g.entropy_sum ? *static_cast<const A*>(g.entropy_sum) : A(0)) {}
 
   bool of_softmax() const { return logsumexp_sq != A(0) || entropy_sum != A(0); }
+  bool of_weights_only() const { return !score_sum && !of_softmax(); }
 };
+
+/// Scores divided by their sum are the softmax over the chosen logits, whose gradient needs no other logit: where it is
+/// only the weights that have one, and no chosen score vanishes beside the row's largest.
+template <class A>
+bool may_skip_others(const GatingProblem& g, const Gradients<A>& grads) {
+  return g.score == Score::softmax && g.renormalize && grads.of_weights_only();
+}
+template <class V>
+MOEYARD_INLINE auto vanishes(V chosen, V max) {
+  using A = element_t<V>;
+  constexpr A low = A(0.75) * score_math::Format<A>::exp_cutoff;
+  const auto finite = chosen > -std::numeric_limits<A>::infinity();
+  return finite & (score_math::capped(chosen) - score_math::capped(max) < low);
+}
 
 // Scratch of one row: p probabilities, gs gradient of the scores, gx gradient of the logits (all [E]); per slot (also
 // sized E) c the chosen scores and gc their gradient.
@@ -115,6 +130,15 @@ void statistics_backward(const GatingProblem& g, At&& at, const RowSoftmax<A>& s
   }
 }
 
+template <class A, class At>
+bool none_vanishes(const GatingProblem& g, At&& at, const int32_t* experts) {
+  A max = -std::numeric_limits<A>::infinity();
+  for (int64_t i = 0; i < g.experts; ++i) max = at(i) > max ? at(i) : max;
+  for (int64_t s = 0; s < g.k; ++s)
+    if (vanishes<A>(at(experts[s]), max)) return false;
+  return true;
+}
+
 template <class A, class T>
 void backward_row(const GatingProblem& g, const T* logits, const int32_t* experts, const A* grad_weights,
                   const Gradients<A>& grads, Row<A>& row, T* out) {
@@ -122,6 +146,11 @@ void backward_row(const GatingProblem& g, const T* logits, const int32_t* expert
   for (int64_t s = 0; s < g.k; ++s)
     if (experts[s] < 0 || experts[s] >= g.experts)
       fail_value("experts: expected ids in [0, ", g.experts, ") in rows that are not masked, got ", experts[s]);
+  if (may_skip_others(g, grads) && none_vanishes<A>(g, at, experts)) {
+    GatingProblem chosen = g;
+    chosen.score = Score::softmax_topk;
+    return backward_row<A, T>(chosen, logits, experts, grad_weights, grads, row, out);
+  }
   RowSoftmax<A> stats;
   if (!is_elementwise(g.score) || grads.of_softmax()) {
     stats = row_softmax<A>(g.experts, at, row.p);

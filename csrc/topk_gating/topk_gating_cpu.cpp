@@ -66,13 +66,9 @@ void topk_gating(const GatingProblem& g, const GatingInputs& in, const GatingOut
 void topk_gating_backward(const GatingProblem& g, const void* logits, const int32_t* experts, const uint8_t* mask,
                           const GatingGradients& grads, void* grad_logits, int threads) {
   const BackwardCall call{logits, experts, mask, grads, grad_logits};
-  GatingProblem problem = g;
-  // Scores divided by their sum are the softmax over the chosen, whose gradient is cheaper. The other sums need all.
-  if (g.score == Score::softmax && g.renormalize && !grads.score_sum && !grads.logsumexp_sq && !grads.entropy_sum)
-    problem.score = Score::softmax_topk;
   advise_huge_pages(grad_logits, g.rows * g.experts * element_bytes(g.dtype));
   parallel_for(g.rows, gating_chunk_rows(g.rows), threads,
-               [&](int64_t begin, int64_t end) { kernels().backward(problem, call, begin, end); });
+               [&](int64_t begin, int64_t end) { kernels().backward(g, call, begin, end); });
 }
 
 }  // namespace moeyard::cpu

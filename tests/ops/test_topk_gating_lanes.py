@@ -136,6 +136,44 @@ def test_masked_rows_may_hold_anything(score: str) -> None:
     assert same_bits(moeyard.topk_gating(x[mask], 4, score=score, renormalize=True).weights, b.weights.detach()[mask])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradient_of_weights_alone(dtype: torch.dtype) -> None:
+    """Without other gradients only the chosen logits count, unless their scores vanish beside the row's largest."""
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(203, 24, generator=g, dtype=dtype)
+    x[::7] *= 100 if dtype == torch.float32 else 1000  # rows whose smaller scores are 0
+    x[3, 5], x[60, 1] = NAN, -INF
+    bias = torch.zeros(24, dtype=dtype)
+    bias[10:] = 2
+    upstream = torch.randn(203, 4, generator=g, dtype=dtype)
+
+    def grad(logits: torch.Tensor, others: bool, upstream: torch.Tensor = upstream) -> torch.Tensor:
+        logits = logits.clone().requires_grad_()
+        gate = moeyard.topk_gating(logits, 4, renormalize=True, selection_bias=bias)
+        loss = (gate.weights * upstream).sum()
+        if others:  # a gradient of zeros to the sums of all scores
+            loss = loss + (gate.score_sum * torch.zeros(24, dtype=dtype)).nansum()
+        return torch.autograd.grad(loss, logits)[0]
+
+    alone, with_others = grad(x, False), grad(x, True)
+    assert (with_others[::7] == 0).all(1).any()  # some rows have no gradient at all
+    torch.testing.assert_close(alone, with_others, rtol=1e-5, atol=1e-7, equal_nan=True)
+    # A row's bits do not depend on the rows beside it.
+    assert same_bits(grad(x[50:], False, upstream[50:]), alone[50:])
+
+
+def test_no_negative_zero_depends_on_the_block() -> None:
+    x = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
+    dirty = x.clone()
+    dirty[5, 0] = NAN  # sends its block to the path of single rows
+    grads = []
+    for logits in (x.requires_grad_(), dirty.requires_grad_()):
+        weights = moeyard.topk_gating(logits, 2, score="softmax_topk").weights
+        grads.append(torch.autograd.grad(weights, logits, torch.full((32, 2), -0.0))[0])
+    keep = torch.arange(32) != 5
+    assert same_bits(grads[0][keep], grads[1][keep])
+
+
 _LEVELS_SCRIPT = """
 import hashlib
 from ops.test_topk_gating_lanes import SIZES, case, gradient

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import FunctionMeta
 
 from moeyard import _native
 from moeyard.ops import _check
@@ -69,14 +70,15 @@ class Op:
 
     def differentiate(self, gradient: type[Gradient]) -> None:
         """Puts `gradient` on the Autograd key, and on the direct way."""
-        dispatched = _function(gradient, self._below_autograd)
+        name = self.overload._opname
+        dispatched = _function(name, gradient, self._below_autograd)
 
         def entry(*args: Any) -> Any:
             return dispatched.apply(*args) if _asks_for_gradient(args) else self._below_autograd(*args)
 
         _LIBRARY.impl(self.overload._schema.name, entry, "Autograd")
         # What Function.apply would do first concerns functorch's wrappers, which no direct call has: 2 us.
-        self._apply = super(torch.autograd.Function, _function(gradient, self._cpu)).apply  # type: ignore[misc]
+        self._apply = super(torch.autograd.Function, _function(name, gradient, self._cpu)).apply  # type: ignore[misc]
 
     def named(self, **names: str) -> Op:
         """The same op, whose errors call some arguments by other names than the schema does."""
@@ -99,19 +101,16 @@ class Op:
             return self.overload(*args)
 
 
-def _function(gradient: type[Gradient], run: Callable[..., Any]) -> type[torch.autograd.Function]:
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            out = run(*args)
-            gradient.save(ctx, args, out)
-            return out
+def _function(name: str, gradient: type[Gradient], run: Callable[..., Any]) -> type[torch.autograd.Function]:
+    def forward(ctx: Any, *args: Any) -> Any:
+        out = run(*args)
+        gradient.save(ctx, args, out)
+        return out
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            return gradient.backward(ctx, *grads)
-
-    return Function
+    # The name is what `grad_fn` shows, with "Backward" behind it.
+    members = {"forward": staticmethod(forward), "backward": staticmethod(gradient.backward)}
+    function: Any = FunctionMeta(name, (torch.autograd.Function,), members)
+    return cast("type[torch.autograd.Function]", function)
 
 
 def _schema_type(text: str) -> tuple[str, bool]:

@@ -84,7 +84,8 @@ def radius_graph(
         symmetric: with `max_num_neighbors`, keep an edge if either end keeps it; a centre may then exceed the limit.
         loop: keep (i, i, shift 0). Edges to a point's own periodic images are always kept.
         flow: "source_to_target" makes the centre the target (`edge_index[1]`), "target_to_source" the source.
-        cell: [3, 3], or [G, 3, 3] by graph id, cell vectors as rows, in the dtype of `pos`. Points may lie outside.
+        cell: [3, 3], or [G, 3, 3] by graph id, cell vectors as rows, in the dtype of `pos`. Points may lie outside,
+            as far as their rounding stays below r or the shortest cell vector.
         pbc: [3] or [G, 3] bool, the periodic axes; None with a cell: all three. Other axes' vectors are ignored.
         half: one direction per pair: centre < neighbour, or the lexicographically positive shift of an own image.
         geometry: False leaves `distance` and `vector` empty.
