@@ -332,7 +332,7 @@ class GraphSearch {
   // itself per length, which bounds what can ever be needed.
   double first_radius(double& bound) const {
     bound = (0.5 * double(call_.options.k) + 1) * lattice_.shortest();
-    double side = std::cbrt(double(call_.options.k + 1) / double(centres_.n));  // roots first: a volume can underflow
+    double side = std::cbrt((double(call_.options.k) + 1) / double(centres_.n));  // roots first: a volume can underflow
     for (int k = 0; k < 3; ++k) {
       double low = home_centres_.fraction[size_t(k)], high = low;
       for (size_t i = size_t(k); i < home_centres_.fraction.size(); i += 3)
