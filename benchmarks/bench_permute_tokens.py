@@ -223,12 +223,12 @@ def bench_unpermute_backward(suite: Suite, case: str) -> None:
 
 
 @cases("bench_permute[", "bench_unpermute[")
-def bench_huge_pages(suite: Suite, part: str) -> None:
+def bench_huge_pages(suite: Suite, case: str) -> None:
     """The same in a process where torch's allocator asks for huge pages as well, which it does not by default: what is
     left of the ratios is the kernels'."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.json"
-        command = [sys.executable, __file__, "-k", part, "--json", str(file), *(["--quick"] if suite.quick else [])]
+        command = [sys.executable, __file__, "-k", case, "--json", str(file), *(["--quick"] if suite.quick else [])]
         environment = os.environ | {"THP_MEM_ALLOC_ENABLE": "1"}
         subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
         for row in json.loads(file.read_text())["rows"]:
