@@ -30,7 +30,10 @@ def tool(*names: str) -> str:
 @pytest.mark.parametrize("source", SOURCES)
 def test_compiles_for_arm(source: str) -> None:
     """The host's Python headers serve for the bindings: their types are as wide there."""
-    headers = [f"-isystem{path}" for path in (sysconfig.get_paths()["include"], pybind11.get_include())]
+    include = sysconfig.get_paths()["include"]
+    if "bind" in source and "aarch64-linux-gnu" in (Path(include) / "pyconfig.h").read_text():
+        pytest.skip("this Python's headers include other ones by architecture")  # Debian's
+    headers = [f"-isystem{path}" for path in (include, pybind11.get_include())]
     command = [tool("aarch64-linux-gnu-g++"), *FLAGS, *headers, "-c", str(ROOT / source), "-o", "/dev/null"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr
