@@ -5,9 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -15,7 +12,7 @@ import torch
 from torch import Tensor
 
 import moeyard
-from moeyard import _native
+from ops.levels import assert_same_on_all_levels
 
 Plan = moeyard.PermutationPlan
 NAN, INF = float("nan"), float("inf")
@@ -176,13 +173,7 @@ def digest() -> str:
 
 
 def test_simd_levels_and_threads_give_the_same_bits() -> None:
-    levels = ["baseline", "avx2", "avx512"]
-    digests = set()
-    for level in levels[: levels.index(_native.cpu.simd_best()) + 1]:
-        environment = {**os.environ, "MOEYARD_SIMD": level, "PYTHONPATH": os.pathsep.join(sys.path)}
-        command = [sys.executable, "-c", LEVELS, "3" if level == levels[0] else "1"]
-        digests.add(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
-    assert len(digests) == 1
+    assert_same_on_all_levels(LEVELS, "3", "1")
 
 
 # ---- plans --------------------------------------------------------------------------------------------------------

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from moeyard.ops._radius_graph_reference import (
     radius_graph_reference,
     radius_reference,
 )
+from ops.levels import assert_same_on_all_levels
 from ops.test_radius_graph import F64, points, skew_cell
 
 
@@ -366,16 +364,7 @@ print(digest.hexdigest())
 
 
 def test_simd_levels_agree() -> None:
-    from moeyard import _native
-
-    levels = ["baseline", "avx2", "avx512"]
-    levels = levels[: levels.index(_native.cpu.simd_best()) + 1]
-    digests = set()
-    for level in levels:
-        environment = {**os.environ, "MOEYARD_SIMD": level, "PYTHONPATH": os.pathsep.join(sys.path)}
-        run = subprocess.run([sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, check=True)
-        digests.add(run.stdout)
-    assert len(digests) == 1
+    assert_same_on_all_levels(PROBE)
 
 
 def pdb_atoms(path: Path) -> Tensor:

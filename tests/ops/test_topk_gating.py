@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +11,7 @@ from torch import Tensor
 import moeyard
 from moeyard.ops._topk_gating_reference import topk_gating_reference
 from ops.contract import Inputs, OpContract, compiling
+from ops.levels import assert_same_on_all_levels
 
 INF, NAN = math.inf, math.nan
 SCORES = ("softmax", "softmax_topk", "sigmoid", "sqrtsoftplus")
@@ -340,23 +338,12 @@ for score in ("softmax", "softmax_topk", "sigmoid", "sqrtsoftplus"):
         total = sum((o * o).sum() for o in out if o.is_floating_point())
         for o in (*out, *torch.autograd.grad(total, x)):
             digest.update(bytes(o.detach().contiguous().reshape(-1).view(torch.uint8).tolist()))
-print(moeyard._native.cpu.simd_best(), digest.hexdigest())
+print(digest.hexdigest())
 """
 
 
 def test_simd_levels_give_the_same_bytes() -> None:
-    def run(level: str) -> list[str]:
-        env = {**os.environ, "MOEYARD_SIMD": level, "PYTHONPATH": os.pathsep.join(sys.path)}
-        done = subprocess.run(
-            [sys.executable, "-c", _SIMD_SCRIPT], env=env, capture_output=True, text=True, timeout=100
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout.split()
-
-    best, digest = run("")
-    levels = ["baseline", "avx2", "avx512"]
-    for level in levels[: levels.index(best)]:
-        assert run(level)[1] == digest
+    assert_same_on_all_levels(_SIMD_SCRIPT)
 
 
 # ---- export, sizes known only at run time ----------------------------------------------------------------------------

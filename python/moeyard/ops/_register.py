@@ -44,6 +44,15 @@ def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+def int_view(x: Tensor | None) -> tuple[int, bool]:
+    """The native IntView of a contiguous int32 or int64 tensor: its address, and whether it is int64."""
+    return (0, True) if x is None else (x.data_ptr(), x.dtype == torch.int64)
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
 class Gradient:
     """How an op is differentiated. `ctx` is that of `torch.autograd.Function`."""
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moeyard import _native
 from moeyard.ops import _check
-from moeyard.ops._register import DTYPE_CODE, Gradient, register
+from moeyard.ops._register import DTYPE_CODE, Gradient, contiguous, int_view, register
 
 _SCHEMA = (
     "gather_segments(Tensor values, Tensor ptr, Tensor index, Tensor? add, SymInt? total) -> (Tensor, Tensor, Tensor)"
@@ -116,16 +116,12 @@ def _validate(values: Tensor, ptr: Tensor, index: Tensor, add: Tensor | None, to
         _check.dtype("values (with add)", values, _ADDABLE)
 
 
-def _view(x: Tensor | None) -> tuple[int, bool]:
-    return (0, True) if x is None else (x.data_ptr(), x.dtype == torch.int64)
-
-
 def _request(ptr: Tensor, index: Tensor, num_values: int) -> tuple[Any, Tensor, int]:
     """The native request, the pointers of the output and its rows. `ptr` and `index` are contiguous and outlive it."""
     if ptr.shape[0] == 0:
         raise ValueError("ptr: expected shape [S + 1], got [0]")
     count = index.shape[0]
-    request = _native.cpu.SegmentsRequest(_view(ptr), ptr.shape[0] - 1, num_values, _view(index), count)
+    request = _native.cpu.SegmentsRequest(int_view(ptr), ptr.shape[0] - 1, num_values, int_view(index), count)
     out_ptr = torch.empty(count + 1, dtype=torch.int64)
     return request, out_ptr, _native.cpu.segments_ptr(request, out_ptr.data_ptr())
 
@@ -144,7 +140,7 @@ def _cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _validate(values, ptr, index, add, total)
     values, ptr, index = values.contiguous(), ptr.contiguous(), index.contiguous()
-    add = None if add is None else add.contiguous()
+    add = contiguous(add)
     request, out_ptr, rows = _request(ptr, index, values.shape[0])
     if total is not None and rows > total:
         raise ValueError(f"total: expected at least {rows} (the rows of the chosen segments), got {total}")
@@ -158,7 +154,7 @@ def _cpu(
         values.data_ptr(),
         row_items,
         values.element_size(),
-        _view(add),
+        int_view(add),
         rows,
         out.data_ptr(),
         batch.data_ptr(),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moeyard import _native
 from moeyard.ops import _check
-from moeyard.ops._register import address, register
+from moeyard.ops._register import address, contiguous, int_view, register
 
 _SCHEMA = (
     "pack_batches(Tensor sizes, SymInt budget, Tensor? order, Tensor? segments, SymInt? max_samples, Tensor? sizes2,"
@@ -186,14 +186,6 @@ def _validate(
             _check.same_device(name, value, "sizes", sizes)
 
 
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
-def _view(x: Tensor | None) -> tuple[int, bool]:
-    return (0, True) if x is None else (x.data_ptr(), x.dtype == torch.int64)
-
-
 def _cpu(
     sizes: Tensor,
     budget: int,
@@ -213,14 +205,14 @@ def _cpu(
     if length > 2**32 - 2:
         raise ValueError(f"order: expected at most 2^32 - 2 samples, got {length}")
     # Held by name until the kernels are done.
-    sizes, order, segments, sizes2 = sizes.contiguous(), _contiguous(order), _contiguous(segments), _contiguous(sizes2)
+    sizes, order, segments, sizes2 = sizes.contiguous(), contiguous(order), contiguous(segments), contiguous(sizes2)
     request = _native.cpu.PackRequest(
-        _view(sizes),
+        int_view(sizes),
         samples,
-        _view(order),
+        int_view(order),
         length,
-        _view(segments),
-        _view(sizes2),
+        int_view(segments),
+        int_view(sizes2),
         budget,
         budget2 or 0,
         max_samples or _NO_LIMIT,

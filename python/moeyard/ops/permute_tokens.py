@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moeyard import _native
 from moeyard.ops import _check
-from moeyard.ops._register import DTYPE_CODE, Gradient, Op, address, compute_dtype, register
+from moeyard.ops._register import DTYPE_CODE, Gradient, Op, address, compute_dtype, contiguous, register
 from moeyard.ops.plan_permutation import PermutationPlan
 
 _ARGS = "Tensor row_of_slot, Tensor slot_of_row, Tensor? {weights}"
@@ -176,7 +176,7 @@ def _move(
     other = other.contiguous() if need_dots and other is not None else None
     if weights is not None and weights.dtype != precision:
         weights = weights.to(precision)
-    exact = None if weights is None else weights.contiguous()
+    exact = contiguous(weights)
     kernel = _native.cpu.permute_weighted if to_rows else _native.cpu.unpermute_rows
     kernel(
         source.data_ptr(),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moeyard import _native
 from moeyard.ops import _check
-from moeyard.ops._register import DTYPE_CODE, Gradient, address, compute_dtype, register
+from moeyard.ops._register import DTYPE_CODE, Gradient, address, compute_dtype, contiguous, register
 
 SCORES = ("softmax", "softmax_topk", "sigmoid", "sqrtsoftplus")
 FORCED_WEIGHTS = ("score", "one")
@@ -238,7 +238,7 @@ def _cpu(
     T, E = logits.shape
     logits = logits.contiguous()
     bias = None if selection_bias is None else selection_bias.to(compute_dtype(logits.dtype)).contiguous()
-    mask = None if mask is None else mask.contiguous()
+    mask = contiguous(mask)
     forced = None if forced_experts is None else forced_experts.to(torch.int64).contiguous()
     problem = _native.cpu.GatingProblem(
         DTYPE_CODE[logits.dtype],
@@ -286,8 +286,8 @@ def _cpu_backward(
     _validate_backward(logits, experts, score, scale, mask, grads)
     T, E = logits.shape
     logits, experts = logits.contiguous(), experts.contiguous()
-    mask = None if mask is None else mask.contiguous()
-    grads = tuple(None if g is None else g.contiguous() for g in grads)
+    mask = contiguous(mask)
+    grads = tuple(contiguous(g) for g in grads)
     problem = _native.cpu.GatingProblem(
         DTYPE_CODE[logits.dtype],
         T,
