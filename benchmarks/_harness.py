@@ -37,7 +37,8 @@ from _machine import machine, using_threads, versions
 
 ONE_CORE = "not measured: one core only"
 INPUT_SETS = 3
-LEAST_SECONDS = 2e-3  # what one timing should last; shorter calls are repeated
+WARM_UP_SECONDS = 0.2  # before a timing of several threads
+LEAST_SECONDS = 5e-3  # what one timing should last; shorter calls are repeated
 UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 
 Call = Callable[[Any], Any]
@@ -140,16 +141,19 @@ def _start(array: Tensor | np.ndarray) -> int:
 
 
 def poison(outputs: Any, inputs: Any) -> None:
-    """Overwrites outputs before their memory is freed, so that nobody can live on what is left there."""
+    """Overwrites outputs before their memory is freed, so that nobody can live on what is left there.
+
+    On one thread, or OpenMP's workers would spin on into the next timing.
+    """
     kept = {_start(a) for a in _arrays(inputs)}
-    for array in _arrays(outputs):
-        if _start(array) in kept:
-            continue
-        if isinstance(array, Tensor):
-            with torch.no_grad():
+    with torch.no_grad(), using_threads(1):
+        for array in _arrays(outputs):
+            if _start(array) in kept:
+                continue
+            if isinstance(array, Tensor):
                 array.detach().fill_(1 if array.dtype == torch.bool else 113)
-        elif array.flags.writeable:
-            array.fill(113)
+            elif array.flags.writeable:
+                array.fill(113)
 
 
 def fresh_seed() -> int:
@@ -338,7 +342,14 @@ class Suite:
     def _interleave(
         self, sides: dict[str, Call], inputs: Sequence[Any], once: dict[str, float], rounds: int | None = None
     ) -> dict[str, Times]:
-        """Rounds of all sides in turn, ours ("") last; in one round every side has another set of inputs."""
+        """Rounds of all sides in turn, ours ("") last; in one round every side has another set of inputs.
+
+        One call goes untimed before each timing: virtual machines hand memory that lies free for two seconds back to
+        their host, and to fetch it again costs several times what any side here computes. With several threads the
+        calls before go on for a while: until the OpenMP workers of the side before have ceased to spin, and until the
+        system has given every thread a core.
+        """
+        warm_up = WARM_UP_SECONDS if torch.get_num_threads() > 1 else 0.0
         times = {name: Times() for name in sides}
         repeats = {name: max(1, min(10_000, math.ceil(LEAST_SECONDS / max(once[name], 1e-9)))) for name in sides}
         done = 0
@@ -346,13 +357,17 @@ class Suite:
         def one(name: str) -> None:
             place = list(sides).index(name)
             chosen = [inputs[(done + place + i) % len(inputs)] for i in range(min(repeats[name], len(inputs)))]
+            before = inputs[(done + place - 1) % len(inputs)]
             call, count, number = sides[name], repeats[name], len(chosen)
-            outputs = None
-            if torch.get_num_threads() > 1:
-                time.sleep(0.05)  # the OpenMP workers of the side before spin on for a while
+            warm_since = time.perf_counter()
+            outputs = call(before)
+            poison(outputs, inputs)
+            while time.perf_counter() - warm_since < warm_up:
+                outputs = None  # the last call's outputs are gone before the next begins
+                outputs = call(before)
             start = time.perf_counter()
             for i in range(count):
-                outputs = None  # the last call's outputs are gone before the next begins
+                outputs = None
                 outputs = call(chosen[i % number])
             times[name].rounds.append((time.perf_counter() - start) / count)
             poison(outputs, inputs)

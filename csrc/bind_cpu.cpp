@@ -6,6 +6,7 @@
 #include <tuple>
 #include <utility>
 
+#include "bind_direct.hpp"
 #include "common/simd.hpp"
 #include "identity/identity.hpp"
 #include "pack_batches/pack_batches.hpp"
@@ -35,6 +36,7 @@ moeyard::Plan view(const PlanArgs& p) {
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of moeyard on raw addresses; use moeyard.ops instead.";
+  moeyard::bind_direct(m);
   m.def("simd_level", [] { return moeyard::simd_name(moeyard::simd_level()); });
   m.def("simd_best", [] { return moeyard::simd_name(moeyard::simd_best()); });
 
@@ -45,22 +47,17 @@ PYBIND11_MODULE(_cpu, m) {
       },
       "input"_a, "out"_a, "bytes"_a, "threads"_a, NoGil());
 
-  m.def("plan_permutation_workspace", &moeyard::cpu::plan_permutation_workspace, "slots"_a, "num_experts"_a,
-        "by_weight"_a);
   m.def(
       "plan_permutation",
       [](Ints experts, int64_t tokens, int64_t k, int64_t num_experts, int64_t capacity, int64_t align, int64_t rows,
-         Address weights, bool wide_weights, const std::array<Address, 5>& out, Address workspace, int threads) {
+         Address weights, bool wide_weights, const std::array<Address, 5>& out, int threads) {
         moeyard::cpu::plan_permutation(
             {view(experts), tokens, k, num_experts, capacity, align, rows, at(weights), wide_weights},
             {at<int32_t>(out[0]), at<int32_t>(out[1]), at<int32_t>(out[2]), at<int32_t>(out[3]), at<int32_t>(out[4])},
-            at<int32_t>(workspace), threads);
+            threads);
       },
       "experts"_a, "tokens"_a, "k"_a, "num_experts"_a, "capacity"_a, "align"_a, "rows"_a, "weights"_a, "wide_weights"_a,
-      "out"_a, "workspace"_a, "threads"_a, NoGil());
-  m.def(
-      "check_plan", [](const PlanArgs& plan, int threads) { moeyard::cpu::check_plan(view(plan), threads); }, "plan"_a,
-      "threads"_a, NoGil());
+      "out"_a, "threads"_a, NoGil());
   m.def(
       "permute_rows",
       [](Address x, const PlanArgs& plan, int64_t row_bytes, Address out, int threads) {

@@ -67,8 +67,10 @@ class TestHarness:
         peers = [harness.Peer(name, side(name), equal) for name in "BC"]
         suite = self.suite()
         suite.compare("turns", numbers, side("A"), peers)
-        turns = calls[-15:]
-        assert "".join(name for name, _ in turns) == "BCA" * 5
+        every = calls[-30:]
+        assert "".join(name for name, _ in every) == "BBCCAA" * 5, "an untimed call goes before each timed one"
+        turns = every[1::2]
+        assert all(warm != timed for warm, timed in zip(every[::2], turns, strict=True)), "both on the same input"
         for start in range(0, 15, 3):
             assert len({x for _, x in turns[start : start + 3]}) == 3, "two sides had the same inputs in one round"
         assert len({x for name, x in turns if name == "A"}) == 3

@@ -42,6 +42,20 @@ void copy_add(const char* in, char* out, int64_t n, int64_t item_bytes, int64_t 
   }
 }
 
+// Half of what a batch of atoms writes are its numbers, so they go out in whole vectors too.
+struct FillKernel {
+  template <Simd>
+  static MOEYARD_INLINE void run(int64_t* out, int64_t n, int64_t number) {
+    for (int64_t i = 0; i < n; ++i) out[i] = number;
+  }
+};
+
+// Segments lie anywhere, and the processor's own prefetching starts anew with each of them.
+void fetch_ahead(const char* segment, int64_t bytes) {
+  constexpr int64_t kAhead = 1 << 12, kLine = 64;
+  for (int64_t at = 0; at < std::min(bytes, kAhead); at += kLine) __builtin_prefetch(segment + at, 0, 2);
+}
+
 // Output rows [begin, end): parts of the segments that they belong to.
 struct Copy {
   const SegmentsRequest& q;
@@ -59,7 +73,9 @@ struct Copy {
     int64_t m = std::upper_bound(out_ptr, out_ptr + q.count + 1, begin) - out_ptr - 1;
     for (int64_t r = begin; r < stop; ++m) {
       const int64_t n = std::min(out_ptr[m + 1], stop) - r;
-      std::fill(batch + r, batch + r + n, m);
+      if (m + 1 < q.count)
+        fetch_ahead(values + first_value(q, m + 1) * row_bytes, (out_ptr[m + 2] - out_ptr[m + 1]) * row_bytes);
+      run_on_level<FillKernel>(batch + r, n, m);
       if (row_bytes > 0 && n > 0) {
         const char* source = values + (first_value(q, m) + (r - out_ptr[m])) * row_bytes;
         if (add)

@@ -40,14 +40,11 @@ struct Plan {
 
 namespace cpu {
 
-/// int32 elements of workspace that plan_permutation needs.
-int64_t plan_permutation_workspace(int64_t slots, int64_t num_experts, bool by_weight);
-
 /// Throws for an id outside [-1, num_experts).
-void plan_permutation(const PlanRequest& request, const PlanArrays& out, int32_t* workspace, int threads);
+void plan_permutation(const PlanRequest& request, const PlanArrays& out, int threads);
 
-/// Throws unless both maps stay in range and are each other's inverse: then no kernel below can read or write out of
-/// bounds, write a row twice or leave one unwritten.
+/// Throws unless both maps stay in range and are each other's inverse: then no kernel can read or write out of bounds,
+/// write a row twice or leave one unwritten. The kernels below begin with it.
 void check_plan(const Plan& plan, int threads);
 
 /// out[row] = x[token], zeros for padding and tail rows; rows of `row_bytes` bytes of any type.

@@ -141,6 +141,7 @@ bool streams(int64_t row_bytes, int64_t rows) {
 }
 
 void zero_free_rows(const Plan& plan, int64_t row_bytes, void* out, int threads) {
+  check_plan(plan, threads);
   if (row_bytes == 0) return;
   parallel_for(plan.rows, grain(row_bytes, 1), threads, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)
@@ -176,6 +177,7 @@ void with_sum_type(DType dtype, F&& f) {
 }  // namespace
 
 void permute_rows(const void* x, const Plan& plan, int64_t row_bytes, void* out, int threads) {
+  check_plan(plan, threads);
   if (row_bytes == 0) return;
   advise_huge_pages(out, plan.rows * row_bytes);
   const auto* const from = static_cast<const char*>(x);
@@ -201,6 +203,7 @@ void permute_rows(const void* x, const Plan& plan, int64_t row_bytes, void* out,
 
 void permute_weighted(const void* x, const void* weights, const void* y, const Plan& plan, int64_t features,
                       DType dtype, void* out, void* dots, int threads) {
+  check_plan(plan, threads);
   with_float_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     const auto a = arrays<T>(x, y, weights, out, dots, features);
@@ -215,6 +218,7 @@ void permute_weighted(const void* x, const void* weights, const void* y, const P
 
 void unpermute_rows(const void* y, const void* weights, const void* x, const Plan& plan, int64_t features, DType dtype,
                     void* out, void* dots, int threads) {
+  check_plan(plan, threads);
   with_sum_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     const auto a = arrays<T>(x, y, weights, out, dots, features);

@@ -7,6 +7,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "common/buffer.hpp"
 #include "common/check.hpp"
 #include "common/find_first.hpp"
 #include "common/parallel.hpp"
@@ -258,24 +259,14 @@ void plan(const PlanRequest& q, const Work& w, const PlanArrays& out, const Id* 
 
 }  // namespace
 
-int64_t plan_permutation_workspace(int64_t slots, int64_t num_experts, bool by_weight) {
-  return (strip_count(slots, num_experts) + 3) * (num_experts + 1) + (by_weight ? slots : 0);
-}
-
-void plan_permutation(const PlanRequest& q, const PlanArrays& out, int32_t* workspace, int threads) {
+void plan_permutation(const PlanRequest& q, const PlanArrays& out, int threads) {
   const int64_t slots = q.tokens * q.k, width = q.num_experts + 1;
   const int64_t length = strip_length(slots, q.num_experts), strips = strip_count(slots, q.num_experts);
-  uint32_t* const tables = reinterpret_cast<uint32_t*>(workspace);
-  uint32_t* const routed = tables + strips * width;
-  const Work work{slots,
-                  length,
-                  strips,
-                  width,
-                  tables,
-                  routed,
-                  routed + width,
-                  routed + 2 * width,
-                  workspace + (strips + 3) * width};
+  Buffer<uint32_t> tables((strips + 3) * width);
+  Buffer<int32_t> sorted(q.weights ? slots : 0);
+  uint32_t* const routed = tables.data() + strips * width;
+  const Work work{slots,        length, strips, width, tables.data(), routed, routed + width, routed + 2 * width,
+                  sorted.data()};
   if (q.experts.wide)
     plan(q, work, out, static_cast<const int64_t*>(q.experts.data), threads);
   else

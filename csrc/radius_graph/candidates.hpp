@@ -5,8 +5,8 @@
 #include <cstring>
 #include <limits>
 
+#include "common/buffer.hpp"
 #include "common/simd.hpp"
-#include "radius_graph/buffer.hpp"
 
 namespace moeyard::cpu {
 

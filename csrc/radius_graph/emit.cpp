@@ -4,10 +4,10 @@
 #include <cmath>
 #include <cstring>
 
+#include "common/buffer.hpp"
 #include "common/huge_pages.hpp"
 #include "common/parallel.hpp"
 #include "common/simd.hpp"
-#include "radius_graph/buffer.hpp"
 #include "radius_graph/geometry.hpp"
 #include "radius_graph/graphs.hpp"
 

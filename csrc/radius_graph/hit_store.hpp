@@ -6,7 +6,7 @@
 #include <mutex>
 #include <vector>
 
-#include "radius_graph/buffer.hpp"
+#include "common/buffer.hpp"
 
 namespace moeyard::cpu {
 

@@ -31,14 +31,13 @@ void search_graphs(const SearchCall<T>& call, const std::vector<Graph>& graphs, 
     points += size_of(graphs[g]) < kLargeGraph ? size_of(graphs[g]) : 0;
     if (points >= kTaskPoints || g + 1 == graphs.size()) bounds.push_back(g + 1), points = 0;
   }
-  parallel_for(int64_t(bounds.size()) - 1, 1, threads, [&](int64_t task, int64_t) {
-    Worker<T> worker(call.store);
-    for (size_t g = bounds[size_t(task)]; g < bounds[size_t(task + 1)]; ++g)
+  Worker<T> own(call.store);
+  share(call.store, own, int64_t(bounds.size()) - 1, 1, threads, [&](Worker<T>& worker, int64_t begin, int64_t end) {
+    for (size_t g = bounds[size_t(begin)]; g < bounds[size_t(end)]; ++g)
       if (size_of(graphs[g]) < kLargeGraph) GraphSearch<T>(call, graphs[g]).run(worker, 1);
   });
-  Worker<T> worker(call.store);
   for (const Graph& g : graphs)
-    if (size_of(g) >= kLargeGraph) GraphSearch<T>(call, g).run(worker, threads);
+    if (size_of(g) >= kLargeGraph) GraphSearch<T>(call, g).run(own, threads);
 }
 
 // ---- symmetric selection: the union of every centre's choice and of those that chose it ---------------------------

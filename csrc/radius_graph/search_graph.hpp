@@ -44,6 +44,16 @@ struct Worker {
   HitWriter writer;
 };
 
+/// Calls body(worker, begin, end) over [0, n), in pieces of `grain` with a worker each; one thread does all with one.
+template <class T, class Body>
+void share(HitStore& store, Worker<T>& worker, int64_t n, int64_t grain, int threads, Body&& body) {
+  if (threads <= 1) return body(worker, 0, n);
+  parallel_for(n, grain, threads, [&](int64_t begin, int64_t end) {
+    Worker<T> own(store);
+    body(own, begin, end);
+  });
+}
+
 template <class T>
 class GraphSearch {
  public:
@@ -58,7 +68,7 @@ class GraphSearch {
     centres_ = {call_.pairs.centres + 3 * graph_.centre_begin, graph_.centre_end - graph_.centre_begin};
     if (cell_ && lattice_.any()) return run_periodic(worker, threads);
     if (call_.options.k > 0) {
-      nearest(threads, std::nullopt);
+      nearest(worker, threads, std::nullopt);
     } else {
       within(worker, std::sqrt(double(call_.r2)), call_.r2, threads);
     }
@@ -78,8 +88,8 @@ class GraphSearch {
   void within(Worker<T>& worker, double radius, T r2, int threads) {
     reach2_ = r2;
     if (double(points_.n) * double(centres_.n) <= kBruteForcePairs) return by_brute_force(worker);
-    if (const auto grid = Grid<T>::fit(points_, radius, threads)) return by_grid(*grid, threads);
-    by_tree(threads);
+    if (const auto grid = Grid<T>::fit(points_, radius, threads)) return by_grid(*grid, worker, threads);
+    by_tree(worker, threads);
   }
 
   void by_brute_force(Worker<T>& worker) {
@@ -100,14 +110,13 @@ class GraphSearch {
     }
   }
 
-  void by_grid(const Grid<T>& grid, int threads) {
+  void by_grid(const Grid<T>& grid, Worker<T>& own, int threads) {
     const Bins<T> bins = grid.bin(points_, threads);
     const Bins<T> others = own_structure() ? Bins<T>{} : grid.bin(centres_, threads);
     const Bins<T>& homes = own_structure() ? bins : others;
-    if (crowded(grid, bins)) return nearest_within(KdTree<T>(points_), threads);
-    const int64_t piece = std::max(centres_.n / kPieces, kPiecePoints);
-    parallel_for(grid.cells(), grid.cells() * piece / centres_.n + 1, threads, [&](int64_t begin, int64_t end) {
-      Worker<T> worker(call_.store);
+    if (crowded(grid, bins)) return nearest_within(KdTree<T>(points_), own, threads);
+    const int64_t piece = grid.cells() * std::max(centres_.n / kPieces, kPiecePoints) / centres_.n + 1;
+    share(call_.store, own, grid.cells(), piece, threads, [&](Worker<T>& worker, int64_t begin, int64_t end) {
       for (int64_t cell = begin; cell < end; ++cell) {
         const int32_t first = homes.begin(cell), last = homes.end(cell);
         if (first == last) continue;
@@ -117,14 +126,14 @@ class GraphSearch {
     });
   }
 
-  void by_tree(int threads) {
+  void by_tree(Worker<T>& own, int threads) {
     const KdTree<T> tree(points_);
-    if (call_.options.max_neighbors > 0) return nearest_within(tree, threads);
+    if (call_.options.max_neighbors > 0) return nearest_within(tree, own, threads);
     const KdTree<T> others(own_structure() ? View<T>{nullptr, 0} : centres_);
     const KdTree<T>& homes = own_structure() ? tree : others;
     const auto leaves = int64_t(homes.leaves().size());
-    parallel_for(leaves, std::max(leaves / kPieces, kPiecePoints / 16), threads, [&](int64_t begin, int64_t end) {
-      Worker<T> worker(call_.store);
+    const int64_t piece = std::max(leaves / kPieces, kPiecePoints / 16);
+    share(call_.store, own, leaves, piece, threads, [&](Worker<T>& worker, int64_t begin, int64_t end) {
       for (int64_t l = begin; l < end; ++l) {
         const auto& leaf = homes.node(homes.leaves()[size_t(l)]);
         const bool together = tree.collect(leaf.box, reach2_, kMaxLeafBlock, worker.block);
@@ -280,10 +289,11 @@ class GraphSearch {
 
   // Calls finish(worker, i) for every open centre with its `count` nearest in worker.ranked, a heap.
   template <class Finish>
-  void for_each_nearest(const KdTree<T>& tree, int64_t count, std::optional<T> limit, int threads, Finish&& finish) {
+  void for_each_nearest(const KdTree<T>& tree, int64_t count, std::optional<T> limit, Worker<T>& own, int threads,
+                        Finish&& finish) {
     const auto reach_of = [this](T gap) { return reach(gap); };
-    parallel_for(centres_.n, std::max<int64_t>(centres_.n / kPieces, 64), threads, [&](int64_t begin, int64_t end) {
-      Worker<T> worker(call_.store);
+    const int64_t piece = std::max<int64_t>(centres_.n / kPieces, 64);
+    share(call_.store, own, centres_.n, piece, threads, [&](Worker<T>& worker, int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         if (!open_.empty() && !open_[size_t(i)]) continue;
         const auto exact_of = [&](int32_t id) { return exact(i, id); };
@@ -302,9 +312,9 @@ class GraphSearch {
   }
 
   // A cap on crowded neighbourhoods: asking for one more than the cap tells whether there are more.
-  void nearest_within(const KdTree<T>& tree, int threads) {
+  void nearest_within(const KdTree<T>& tree, Worker<T>& own, int threads) {
     const int64_t cap = call_.options.max_neighbors;
-    for_each_nearest(tree, std::min(cap, points_.n) + 1, call_.r2, threads, [&](Worker<T>& worker, int64_t i) {
+    for_each_nearest(tree, std::min(cap, points_.n) + 1, call_.r2, own, threads, [&](Worker<T>& worker, int64_t i) {
       if (int64_t(worker.ranked.size()) > cap) {
         std::pop_heap(worker.ranked.begin(), worker.ranked.end());
         worker.ranked.pop_back();
@@ -315,9 +325,9 @@ class GraphSearch {
   }
 
   // Centres that find k neighbours no further than `sure` are done; without `sure` every centre is.
-  void nearest(int threads, std::optional<T> sure) {
+  void nearest(Worker<T>& own, int threads, std::optional<T> sure) {
     const int64_t k = call_.options.k;
-    for_each_nearest(KdTree<T>(points_), k, std::nullopt, threads, [&](Worker<T>& worker, int64_t i) {
+    for_each_nearest(KdTree<T>(points_), k, std::nullopt, own, threads, [&](Worker<T>& worker, int64_t i) {
       const auto& heap = worker.ranked;
       if (sure && (int64_t(heap.size()) < k || !(heap.front().first <= *sure))) return;
       if (!heap.empty() && !std::isfinite(heap.front().first))
@@ -342,14 +352,14 @@ class GraphSearch {
     return std::min(bound, side);
   }
 
-  void nearest_periodic(int threads) {
+  void nearest_periodic(Worker<T>& worker, int threads) {
     double bound, radius = first_radius(bound);
     open_.assign(size_t(centres_.n), 1);
     for (;; radius = std::min(2 * radius, bound)) {
       use_images(radius);
       // The bound is a matter of mathematics; the edge test's own rounding comes on top.
       const T sure = T(radius >= bound ? std::numeric_limits<T>::infinity() : radius * radius);
-      nearest(threads, sure);
+      nearest(worker, threads, sure);
       if (std::find(open_.begin(), open_.end(), 1) == open_.end()) return;
     }
   }
@@ -363,7 +373,7 @@ class GraphSearch {
     if (two_sets) home_points_ = wrap(lattice_, call_.pairs.points, graph_.begin, graph_.end, "x");
     centre_xyz_.assign(home_centres_.home.begin(), home_centres_.home.end());
     centres_ = {centre_xyz_.data(), centres_.n};
-    if (call_.options.k > 0) return nearest_periodic(threads);
+    if (call_.options.k > 0) return nearest_periodic(worker, threads);
     const double radius = std::sqrt(double(call_.r2));
     use_images(radius);
     const double reach = radius * (1 + 1e-5) + images_.slack;

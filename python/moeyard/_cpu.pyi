@@ -1,12 +1,27 @@
 """CPU kernels on raw addresses. Sizes are elements unless said; `threads` bounds the pool."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 Ints = tuple[int, bool]  # address, int64 (else int32)
 Plan = tuple[int, int, int, int, int]  # row_of_slot, slot_of_row, tokens, k, rows
 
 def simd_level() -> str: ...
 def simd_best() -> str: ...
+
+class PlainCalls:
+    def __init__(
+        self,
+        allowed: Sequence[Sequence[type]],
+        tensors: Sequence[type],
+        keys_of: Callable[..., Any],
+        plain: Sequence[int],
+        keys_added: Callable[[], Any],
+        no_mode: Sequence[int],
+    ) -> None: ...
+    def __call__(self, args: tuple[Any, ...]) -> bool | None: ...
+
 def identity(input: int, out: int, bytes: int, threads: int) -> None: ...
-def plan_permutation_workspace(slots: int, num_experts: int, by_weight: bool) -> int: ...
 def plan_permutation(
     experts: Ints,
     tokens: int,
@@ -18,10 +33,8 @@ def plan_permutation(
     weights: int,
     wide_weights: bool,
     out: list[int],
-    workspace: int,
     threads: int,
 ) -> None: ...
-def check_plan(plan: Plan, threads: int) -> None: ...
 def permute_rows(x: int, plan: Plan, row_bytes: int, out: int, threads: int) -> None: ...
 def permute_weighted(
     x: int, weights: int, y: int, plan: Plan, features: int, dtype: int, out: int, dots: int, threads: int

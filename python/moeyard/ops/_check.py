@@ -69,9 +69,9 @@ def same_device(name: str, value: Tensor, reference_name: str, reference: Tensor
 
 def integer(name: str, value: Any, *, minimum: int | None = None, optional: bool = False) -> None:
     """TypeError unless `value` is an int (bool is not; a symbolic int is), ValueError below `minimum`."""
-    if type(value) is int and (minimum is None or minimum <= value) and -(2**63) <= value < 2**63:
-        return
     if value is None and optional:
+        return
+    if type(value) is int and (minimum is None or minimum <= value) and -(2**63) <= value < 2**63:
         return
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: expected an int{' or None' if optional else ''}, got {type(value).__name__}")

@@ -9,13 +9,14 @@ Whatever is not certainly plain takes the dispatcher.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+
+from moeyard import _native
 
 _C: Any = torch._C
 
@@ -30,11 +31,9 @@ def _key_set(*names: str) -> int:
 try:
     # An ordinary CPU tensor, and one made under inference_mode. Subclasses, functorch's wrappers, sparse, quantized,
     # nested, zero tensors and lazy negations all carry more keys or others.
-    _PLAIN = frozenset(
-        {_key_set("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU"), _key_set("CPU", "AutocastCPU")}
-    )
+    _PLAIN = [_key_set("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU"), _key_set("CPU", "AutocastCPU")]
     # What this thread adds to every call: modes, transforms and tracers would stand here.
-    _NO_MODE = frozenset({_key_set("BackendSelect", "ADInplaceOrView"), _key_set("BackendSelect")})
+    _NO_MODE = [_key_set("BackendSelect", "ADInplaceOrView"), _key_set("BackendSelect")]
     _AUTOGRAD = _C.DispatchKey.AutogradOther  # stands for every autograd key in what a thread excludes
     _keys_of, _keys_added, _is_excluded = (
         _C._dispatch_keys,
@@ -46,22 +45,15 @@ try:
 except AttributeError:  # a torch whose internals have other names: every call takes the dispatcher
     _KNOWN = False
 
-_TENSORS = frozenset({Tensor, torch.nn.Parameter})
+_TENSORS: list[type] = [Tensor, torch.nn.Parameter]
 #: The exact Python types that an argument of each schema type may have here.
-_EXACT: dict[str, frozenset[type]] = {
+_EXACT: dict[str, list[type]] = {
     "Tensor": _TENSORS,
-    "int": frozenset({int}),
-    "float": frozenset({float, int}),
-    "bool": frozenset({bool}),
-    "str": frozenset({str}),
+    "int": [int],
+    "float": [float, int],
+    "bool": [bool],
+    "str": [str],
 }
-
-
-@dataclass
-class _Layout:
-    fits: bool
-    tensors: list[int]
-    ints: list[int]
 
 
 class DirectCalls:
@@ -72,38 +64,19 @@ class DirectCalls:
     """
 
     def __init__(self, kinds: Sequence[tuple[str, bool]]) -> None:
-        self._exact = [
-            _EXACT.get(kind, frozenset()) | ({type(None)} if optional else set()) for kind, optional in kinds
-        ]
-        self._layouts: dict[tuple[type, ...], _Layout] = {}  # for each combination of argument types seen
+        self._requires_grad = None
+        if _KNOWN:
+            allowed = [[*_EXACT.get(kind, []), *([type(None)] if optional else [])] for kind, optional in kinds]
+            self._requires_grad = _native.cpu.PlainCalls(allowed, _TENSORS, _keys_of, _PLAIN, _keys_added, _NO_MODE)
 
     def with_gradient(self, args: tuple[Any, ...]) -> bool | None:
         """Whether such a call asks for a gradient; None for any other call."""
-        if is_compiling() or not _KNOWN or forward_ad._current_level >= 0:
+        if is_compiling() or self._requires_grad is None or forward_ad._current_level >= 0:
             return None
-        if _function_modes() or _is_profiling() or _keys_added().raw_repr() not in _NO_MODE:
+        if _function_modes() or _is_profiling():
             return None
-        types = tuple(map(type, args))
-        layout = self._layouts.get(types) or self._learn(types)
-        requires_grad = False
-        for i in layout.tensors:
-            tensor = args[i]
-            if _keys_of(tensor).raw_repr() not in _PLAIN:
-                return None
-            requires_grad = requires_grad or tensor.requires_grad
-        for i in layout.ints:
-            if not -(2**63) <= args[i] < 2**63:
-                return None
-        if not layout.fits:
-            return None
+        requires_grad: bool | None = self._requires_grad(args)
         return requires_grad and torch.is_grad_enabled()
-
-    def _learn(self, types: tuple[type, ...]) -> _Layout:
-        fits = all(have in allowed for have, allowed in zip(types, self._exact, strict=True))
-        tensors = [i for i, have in enumerate(types) if fits and have in _TENSORS]
-        ints = [i for i, have in enumerate(types) if fits and have is int]
-        self._layouts[types] = _Layout(fits, tensors, ints)
-        return self._layouts[types]
 
 
 def autograd_is_on() -> bool:

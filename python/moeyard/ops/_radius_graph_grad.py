@@ -18,8 +18,8 @@ from torch import Tensor
 
 from moeyard import _native
 from moeyard.ops import _check
-from moeyard.ops._radius_graph_native import Addresses
-from moeyard.ops._register import DTYPE_CODE, Gradient, register
+from moeyard.ops._radius_graph_native import address, ids, point_set
+from moeyard.ops._register import DTYPE_CODE, Gradient, contiguous, register
 
 _EDGES = (
     "Tensor? grad_distance, Tensor? grad_vector, Tensor edge_index, Tensor distance, Tensor vector, Tensor cell_shift, "
@@ -39,11 +39,11 @@ def save(ctx: Any, args: tuple[Any, ...], out: tuple[Tensor, ...]) -> None:
     ctx.rest = (
         pos.shape[0],
         None if centres is None else centres.shape[0],
-        list(cell.shape) if ctx.needs_input_grad[8] else None,
+        list(cell.shape) if cell is not None and ctx.needs_input_grad[8] else None,
         centre_is_source,
     )
-    no_gradient = [edge_index, cell_shift, num_neighbors, truncated, num_edges, overflow]
-    ctx.mark_non_differentiable(*no_gradient, *([] if geometry else [distance, vector]))
+    constant = () if geometry else (distance, vector)
+    ctx.mark_non_differentiable(edge_index, cell_shift, num_neighbors, truncated, num_edges, overflow, *constant)
     ctx.set_materialize_grads(False)
 
 
@@ -81,7 +81,6 @@ class _Edges:
         cell_shape: list[int] | None,
         centre_is_source: bool,
     ) -> None:
-        self.address = Addresses()
         _check.shape("distance", distance, ["M"])
         m = distance.shape[0]
         _check.dtype("distance", distance, [torch.float32, torch.float64])
@@ -97,16 +96,14 @@ class _Edges:
             if value is not None:
                 _check.dtype(name, value, [dtype])
                 _check.shape(name, value, shape)
-                _check.same_device(name, value, "distance", distance)
         _check_nodes(distance, batch, ptr, num_points, num_centres, cell_shape)
-        rows = self.address(edge_index)
+        given = (num_edges, edge_index, distance, vector, cell_shift, grad_distance, grad_vector)
+        self._kept = [*map(contiguous, given), batch := ids(batch), ptr := ids(ptr)]
+        edge_count, rows, *per_edge = map(address, self._kept[:7])
         centre, neighbour = (rows, rows + 8 * m) if centre_is_source else (rows + 8 * m, rows)
-        self.edges = _native.cpu.RadiusEdges(
-            m, self.address(num_edges), centre, neighbour, self.address(distance), self.address(vector),
-            self.address(cell_shift), self.address(grad_distance), self.address(grad_vector),
-        )  # fmt: skip
+        self.edges = _native.cpu.RadiusEdges(m, edge_count, centre, neighbour, *per_edge)
         self.count = num_points if num_centres is None else num_centres
-        self.centres = self.address.point_set(None, self.count, batch, ptr)
+        self.centres = point_set(None, self.count, batch, ptr)
         self.num_points, self.code = num_points, DTYPE_CODE[distance.dtype]
         self.two_sets, self.has_cell = num_centres is not None, cell_shape is not None
         self.num_cells = cell_shape[0] if cell_shape is not None and len(cell_shape) == 3 else -1
@@ -122,11 +119,10 @@ def _check_nodes(
             raise ValueError(f"{name}: expected 0 to 2^31 - 1, got {number}")
     if batch is not None and ptr is not None:
         raise ValueError("batch_centres, ptr_centres: expected at most one of them, got both")
-    for name, ids, shape in (("batch_centres", batch, [count]), ("ptr_centres", ptr, ["G + 1"])):
-        if ids is not None:
-            _check.dtype(name, ids, [torch.int64, torch.int32])
-            _check.shape(name, ids, shape)
-            _check.same_device(name, ids, "distance", distance)
+    for name, value, shape in (("batch_centres", batch, [count]), ("ptr_centres", ptr, ["G + 1"])):
+        if value is not None:
+            _check.dtype(name, value, [torch.int64, torch.int32])
+            _check.shape(name, value, shape)
     if ptr is not None and ptr.shape[0] == 0:
         raise ValueError("ptr_centres: expected at least one entry, got none")
     if cell_shape is not None and (
@@ -139,9 +135,9 @@ def _point_gradients(
     like: Tensor, num_points: int, num_centres: int | None, cell_shape: list[int] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        like.new_empty((num_points, 3)),
-        like.new_empty((0 if num_centres is None else num_centres, 3)),
-        like.new_empty((0, 3, 3) if cell_shape is None else tuple(cell_shape)),
+        like.new_empty(num_points, 3),
+        like.new_empty(0 if num_centres is None else num_centres, 3),
+        like.new_empty(*((0, 3, 3) if cell_shape is None else cell_shape)),
     )
 
 
@@ -165,11 +161,11 @@ def _double_cpu(gg_points: Tensor, gg_centres: Tensor, gg_cell: Tensor, *args: A
     for (name, value), want in zip(incoming, _backward_fake(*args), strict=True):
         _check.dtype(name, value, [want.dtype])
         _check.shape(name, value, list(want.shape))
-        _check.same_device(name, value, "distance", args[3])
     to_grad_distance, to_grad_vector, to_distance, to_vector = out = _double_fake(gg_points, gg_centres, gg_cell, *args)
+    gg_points, gg_centres, gg_cell = gg_points.contiguous(), gg_centres.contiguous(), gg_cell.contiguous()
     _native.cpu.radius_graph_double_backward(
-        e.code, e.edges, e.num_points, e.centres, e.num_cells, e.address(gg_points),
-        e.address(gg_centres) if e.two_sets else 0, e.address(gg_cell) if e.has_cell else 0,
+        e.code, e.edges, e.num_points, e.centres, e.num_cells, address(gg_points),
+        address(gg_centres) if e.two_sets else 0, address(gg_cell) if e.has_cell else 0,
         to_grad_distance.data_ptr(), to_grad_vector.data_ptr(), to_distance.data_ptr(), to_vector.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip

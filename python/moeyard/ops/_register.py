@@ -101,9 +101,17 @@ class Op:
             return self._cpu(*args)
         if with_gradient and self._apply is not None and autograd_is_on():
             return self._apply(*args)
+        self._check_arguments(args)
+        return self.overload(*args)
+
+    def _check_arguments(self, args: tuple[Any, ...]) -> None:
+        """Types, and one device for all tensors: what a direct call has anyway."""
+        reference: tuple[str, Tensor] | None = None
         for name, (kind, optional), value in zip(self._names, self._types, args, strict=True):
             _check.argument(name, kind, optional, value, self._options.get(name, ()))
-        return self.overload(*args)
+            if kind == "Tensor" and value is not None:
+                reference = reference or (name, value)
+                _check.same_device(name, value, *reference)
 
     def _below_autograd(self, *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():

@@ -105,12 +105,9 @@ def _validate(values: Tensor, ptr: Tensor, index: Tensor, add: Tensor | None, to
     if values.element_size() not in (1, 2, 4, 8):
         raise TypeError(f"values: expected a dtype of 1, 2, 4 or 8 bytes, got {values.dtype}")
     _validate_ids(ptr, index)
-    _check.same_device("ptr", ptr, "values", values)
-    _check.same_device("index", index, "values", values)
     if total is not None:
         _check.integer("total", total, minimum=0)
     if add is not None:
-        _check.same_device("add", add, "values", values)
         _check.shape("add", add, [index.shape[0]])
         _check.dtype("add", add, _INTS)
         _check.dtype("values (with add)", values, _ADDABLE)
@@ -126,13 +123,14 @@ def _request(ptr: Tensor, index: Tensor, num_values: int) -> tuple[Any, Tensor, 
     return request, out_ptr, _native.cpu.segments_ptr(request, out_ptr.data_ptr())
 
 
-def _row_items(name: str, rows: int, like: Tensor) -> int:
-    """Items of a row like those of `like`; ValueError where torch could not count the bytes of `rows` of them."""
-    items = math.prod(like.shape[1:])
+def _new_rows(name: str, rows: int, like: Tensor) -> tuple[Tensor, int]:
+    """A tensor of so many rows like those of `like`, and their items; ValueError where torch could not count bytes."""
+    _, *row = like.shape
+    items = math.prod(row)
     if rows * max(like.element_size() * items, 8) > 2**63 - 1:
         size = like.element_size() * items
         raise ValueError(f"{name}: expected fewer than 2^63 bytes, got {rows} rows of {size}")
-    return items if rows else 0
+    return like.new_empty(rows, *row), items if rows else 0
 
 
 def _cpu(
@@ -145,8 +143,7 @@ def _cpu(
     if total is not None and rows > total:
         raise ValueError(f"total: expected at least {rows} (the rows of the chosen segments), got {total}")
     rows = rows if total is None else total
-    row_items = _row_items("index" if total is None else "total", rows, values)
-    out = values.new_empty((rows, *values.shape[1:]))
+    out, row_items = _new_rows("index" if total is None else "total", rows, values)
     batch = out_ptr.new_empty(rows)
     _native.cpu.gather_segments(
         request,
@@ -178,8 +175,6 @@ def _validate_backward(grad: Tensor, ptr: Tensor, index: Tensor, num_values: Any
         raise ValueError("grad: expected shape [R, ...], got []")
     _check.dtype("grad", grad, _FLOATS)
     _validate_ids(ptr, index)
-    _check.same_device("ptr", ptr, "grad", grad)
-    _check.same_device("index", index, "grad", grad)
     _check.integer("num_values", num_values, minimum=0)
 
 
@@ -189,8 +184,7 @@ def _backward_cpu(grad: Tensor, ptr: Tensor, index: Tensor, num_values: int) -> 
     request, out_ptr, rows = _request(ptr, index, num_values)
     if rows > grad.shape[0]:
         raise ValueError(f"grad: expected at least {rows} rows (those of the chosen segments), got {grad.shape[0]}")
-    row_items = _row_items("num_values", num_values, grad)
-    out = grad.new_empty(num_values, *grad.shape[1:])
+    out, row_items = _new_rows("num_values", num_values, grad)
     workspace = torch.empty(2 * index.shape[0], dtype=torch.int64)
     _native.cpu.gather_segments_backward(
         request,

@@ -183,7 +183,6 @@ def _validate(
         if value is not None:
             _check.shape(name, value, ("L",) if name == "order" else sizes.shape)
             _check.dtype(name, value, _INTS)
-            _check.same_device(name, value, "sizes", sizes)
 
 
 def _cpu(

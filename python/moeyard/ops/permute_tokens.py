@@ -104,10 +104,7 @@ def _validate(name: str, source: Tensor, row_of_slot: Tensor, slot_of_row: Tenso
         _check.shape("plan.slot_of_row", slot_of_row, source.shape[:1])
     _check.dtype("plan.row_of_slot", row_of_slot, _MAP)
     _check.dtype("plan.slot_of_row", slot_of_row, _MAP)
-    _check.same_device("plan.row_of_slot", row_of_slot, name, source)
-    _check.same_device("plan.slot_of_row", slot_of_row, name, source)
     if weights is not None:
-        _check.same_device(weights_name, weights, name, source)
         _check.shape(weights_name, weights, row_of_slot.shape)
         _check.dtype(weights_name, weights, _FLOATS)
         _check.dtype(f"{name} (with {weights_name})", source, _FLOATS)
@@ -135,19 +132,10 @@ def _validate_backward(
         raise ValueError(f"need_weights: expected {name} and the weights with it, got None")
     _validate(name, source, row_of_slot, slot_of_row, weights)
     _check.dtype(name, source, (grad.dtype,))
-    _check.same_device(name, source, "grad", grad)
     _check.shape(name, source, [source.shape[0], grad.shape[1]])
 
 
 # ---- CPU --------------------------------------------------------------------------------------------------------
-
-
-def _plan_args(row_of_slot: Tensor, slot_of_row: Tensor) -> tuple[int, int, int, int, int]:
-    """Checks the plan's values too: the kernels trust it."""
-    tokens, k = row_of_slot.shape
-    args = (row_of_slot.data_ptr(), slot_of_row.data_ptr(), tokens, k, slot_of_row.shape[0])
-    _native.cpu.check_plan(args, torch.get_num_threads())
-    return args
 
 
 def _move(
@@ -162,15 +150,15 @@ def _move(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Permute (`to_rows`) or unpermute `source`, and the dots of its rows with those of `other`, each if needed."""
     source, row_of_slot, slot_of_row = source.contiguous(), row_of_slot.contiguous(), slot_of_row.contiguous()
-    plan, threads = _plan_args(row_of_slot, slot_of_row), torch.get_num_threads()
-    features = source.shape[1]
-    out = source.new_empty((plan[4] if to_rows else plan[2], features)) if need_out else None
+    (tokens, k), rows, features = row_of_slot.shape, slot_of_row.shape[0], source.shape[1]
+    plan, threads = (row_of_slot.data_ptr(), slot_of_row.data_ptr(), tokens, k, rows), torch.get_num_threads()
+    out = source.new_empty(rows if to_rows else tokens, features) if need_out else None
     if to_rows and weights is None:
         if out is not None:
             _native.cpu.permute_rows(source.data_ptr(), plan, features * source.element_size(), out.data_ptr(), threads)
         return out, None
     precision = compute_dtype(source.dtype)
-    dots = source.new_empty(row_of_slot.shape, dtype=precision) if need_dots else None
+    dots = source.new_empty(tokens, k, dtype=precision) if need_dots else None
     if out is None and dots is None:
         return None, None
     other = other.contiguous() if need_dots and other is not None else None

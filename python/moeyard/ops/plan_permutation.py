@@ -108,7 +108,6 @@ def _validate(experts: Tensor, num_experts: Any, capacity: Any, drop: str, weigh
             raise ValueError(f'weights: expected None unless drop="weight", got a tensor with drop={drop!r}')
         _check.shape("weights", weights, list(experts.shape))
         _check.dtype("weights", weights, _WEIGHTS)
-        _check.same_device("weights", weights, "experts", experts)
     tokens, k = experts.shape
     rows = plan_rows(tokens, k, num_experts, capacity, align)
     limited = (("experts: T * k", tokens * k), ("num_experts", num_experts), ("experts: rows with padding", rows))
@@ -120,9 +119,10 @@ def _validate(experts: Tensor, num_experts: Any, capacity: Any, drop: str, weigh
 
 
 def _outputs(experts: Tensor, num_experts: Any, rows: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    row_of_slot = experts.new_empty(experts.shape, dtype=torch.int32)
+    tokens, k = experts.shape
+    row_of_slot = experts.new_empty(tokens, k, dtype=torch.int32)
     counts = row_of_slot.new_empty(num_experts)
-    return row_of_slot, row_of_slot.new_empty(rows), counts, torch.empty_like(counts), row_of_slot.new_empty(())
+    return row_of_slot, row_of_slot.new_empty(rows), counts, torch.empty_like(counts), row_of_slot.new_empty(size=())
 
 
 def _cpu(
@@ -134,8 +134,6 @@ def _cpu(
     if weights is not None:
         weights = weights.to(torch.promote_types(weights.dtype, torch.float32)).contiguous()
     out = _outputs(experts, num_experts, rows)
-    size = _native.cpu.plan_permutation_workspace(tokens * k, num_experts, weights is not None)
-    workspace = torch.empty(size, dtype=torch.int32)
     _native.cpu.plan_permutation(
         (experts.data_ptr(), experts.dtype == torch.int64),
         tokens,
@@ -147,7 +145,6 @@ def _cpu(
         0 if weights is None else weights.data_ptr(),
         weights is not None and weights.dtype == torch.float64,
         [o.data_ptr() for o in out],
-        workspace.data_ptr(),
         torch.get_num_threads(),
     )
     return out

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from moeyard import _native
 from moeyard.ops import _check, _radius_graph_grad
-from moeyard.ops._radius_graph_native import NO_POINTS, NOT_PERIODIC, Addresses
-from moeyard.ops._register import DTYPE_CODE, Gradient, register
+from moeyard.ops._radius_graph_native import NO_POINTS, NOT_PERIODIC, ids, periodicity, point_set
+from moeyard.ops._register import DTYPE_CODE, Gradient, contiguous, register
 
 _SCHEMA = (
     "radius_graph(Tensor pos, Tensor? centres, float r, int? k, Tensor? batch, Tensor? batch_centres, Tensor? ptr, "
@@ -147,7 +147,8 @@ def radius(
 
     Raises, Determinism, Autocast, Gradient, Source: see `radius_graph`; gradients reach x, y and cell.
     """
-    _check.tensor("y", y)
+    if y is None:  # which would mean one set of points
+        _check.tensor("y", y)
     r = _cutoff(r)
     return RadiusGraph(
         *_radius_op(
@@ -220,20 +221,17 @@ def _validate(
     _validate_set(pos, batch, ptr, "x" if two_sets else "pos", "_x" if two_sets else "")
     if centres is not None:
         _validate_set(centres, batch_centres, ptr_centres, "y", "_y")
-        _check.same_device("y", centres, "x", pos)
         _check.dtype("y", centres, (pos.dtype,))
         if symmetric or half or k is not None:
             raise ValueError("centres: expected one set of points with symmetric, half or k, got two")
     elif batch_centres is not None or ptr_centres is not None:
         raise ValueError("batch_centres, ptr_centres: expected None without centres")
     if cell is not None:
-        _check.same_device("cell", cell, "x" if two_sets else "pos", pos)
         _check.dtype("cell", cell, (pos.dtype,))
         _check.shape("cell", cell, ["G", 3, 3] if cell.dim() == 3 else [3, 3])
     if pbc is not None:
         if cell is None:
             raise ValueError("pbc: expected a cell with it, got cell None")
-        _check.same_device("pbc", pbc, "x" if two_sets else "pos", pos)
         _check.dtype("pbc", pbc, (torch.bool,))
         _check.shape("pbc", pbc, ["G", 3] if pbc.dim() == 2 else [3])
     _check.integer("k", k, minimum=1, optional=True)
@@ -253,13 +251,11 @@ def _validate_set(pos: Tensor, batch: Tensor | None, ptr: Tensor | None, name: s
     if batch is not None:
         _check.dtype(f"batch{suffix}", batch, (torch.int64, torch.int32))
         _check.shape(f"batch{suffix}", batch, [pos.shape[0]])
-        _check.same_device(f"batch{suffix}", batch, name, pos)
     if ptr is not None:
         _check.dtype(f"ptr{suffix}", ptr, (torch.int64, torch.int32))
         _check.rank(f"ptr{suffix}", ptr, ("G + 1",))
         if ptr.shape[0] == 0:
             raise ValueError(f"ptr{suffix}: expected at least one entry, got none")
-        _check.same_device(f"ptr{suffix}", ptr, name, pos)
 
 
 def _check_count(name: str, xyz: Tensor) -> None:
@@ -286,10 +282,15 @@ def _cpu(
     if max_edges is not None and max_edges > _MAX_EDGES:
         raise ValueError(f"max_edges: expected at most 2^48, got {max_edges}")
     cpu, threads, code = _native.cpu, torch.get_num_threads(), DTYPE_CODE[pos.dtype]
-    address = Addresses()  # alive until the end of the call
-    points = address.point_set(pos, pos.shape[0], batch, ptr)
-    homes = NO_POINTS if centres is None else address.point_set(centres, centres.shape[0], batch_centres, ptr_centres)
-    periodic = NOT_PERIODIC if cell is None else address.periodicity(cell, pbc)
+    # Held by name until the kernels are done.
+    pos, batch, ptr = pos.contiguous(), ids(batch), ids(ptr)
+    points, homes, periodic = point_set(pos, pos.shape[0], batch, ptr), NO_POINTS, NOT_PERIODIC
+    if centres is not None:
+        centres, batch_centres, ptr_centres = centres.contiguous(), ids(batch_centres), ids(ptr_centres)
+        homes = point_set(centres, centres.shape[0], batch_centres, ptr_centres)
+    if cell is not None:
+        cell, pbc = cell.contiguous(), contiguous(pbc)
+        periodic = periodicity(cell, pbc)
     hits = cpu.radius_graph_search(
         code, points, homes, periodic, r, k or -1, max_num_neighbors or -1, symmetric, loop, half, threads
     )
@@ -310,18 +311,18 @@ def _cpu(
 
 def _outputs(pos: Tensor, centres: Tensor | None, cell: Tensor | None, geometry: bool, m: Any) -> tuple[Tensor, ...]:
     per_edge = m if geometry else 0
-    edge_index = pos.new_empty((2, m), dtype=torch.int64)
-    num_neighbors = pos.new_empty((pos if centres is None else centres).shape[:1], dtype=torch.int32)
-    truncated = edge_index.new_empty(())
+    edge_index = pos.new_empty(2, m, dtype=torch.int64)
+    num_neighbors = pos.new_empty((pos if centres is None else centres).shape[0], dtype=torch.int32)
+    truncated = edge_index.new_empty(size=())
     return (
         edge_index,
         pos.new_empty(per_edge),
-        pos.new_empty((per_edge, 3)),
-        num_neighbors.new_empty((m if cell is not None else 0, 3)),
+        pos.new_empty(per_edge, 3),
+        num_neighbors.new_empty(m if cell is not None else 0, 3),
         num_neighbors,
         truncated,
         torch.empty_like(truncated),
-        pos.new_empty((), dtype=torch.bool),
+        torch.empty_like(truncated, dtype=torch.bool),
     )
 
 

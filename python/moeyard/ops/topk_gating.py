@@ -172,16 +172,13 @@ def _validate(
     if scale != 1.0:
         _check_scale(scale, compute_dtype(logits.dtype))
     if selection_bias is not None:
-        _check.same_device("selection_bias", selection_bias, "logits", logits)
         _check.dtype("selection_bias", selection_bias, _DTYPES)
         _check.shape("selection_bias", selection_bias, [E])
     if mask is not None:
-        _check.same_device("mask", mask, "logits", logits)
         _check.dtype("mask", mask, [torch.bool])
         _check.shape("mask", mask, [T])
     _check.option("forced_weights", forced_weights, FORCED_WEIGHTS)
     if forced_experts is not None:
-        _check.same_device("forced_experts", forced_experts, "logits", logits)
         _check.dtype("forced_experts", forced_experts, [torch.int32, torch.int64])
         _check.shape("forced_experts", forced_experts, [T] if forced_experts.dim() == 1 else [T, k])
     elif forced_weights == "one":
@@ -198,10 +195,8 @@ def _validate_backward(
     E = logits.shape[1]
     shapes: tuple[list[int], ...] = (list(experts.shape), [E], [E], [], [])
     names = ("grad_weights", "grad_score_sum", "grad_weight_sum", "grad_logsumexp_sq", "grad_entropy_sum")
-    _check.same_device("experts", experts, "logits", logits)
     for name, grad, shape in zip(names, grads, shapes, strict=True):
         if grad is not None:
-            _check.same_device(name, grad, "logits", logits)
             _check.dtype(name, grad, [compute_dtype(logits.dtype)])
             _check.shape(name, grad, shape)
 
@@ -211,10 +206,10 @@ def _validate_backward(
 
 def _outputs(logits: Tensor, k: int) -> tuple[Tensor, ...]:
     T, E = logits.shape
-    # empty_like is the cheapest way to an empty tensor.
-    weights = logits.new_empty((T, k), dtype=compute_dtype(logits.dtype))
-    experts = logits.new_empty((T, k), dtype=torch.int32)
-    counts, score_sum, logsumexp_sq = experts.new_empty(E), weights.new_empty(E), weights.new_empty(())
+    # Sizes one by one: torch takes 0.3 us longer for a tuple of them, and 0.8 us for a torch.Size.
+    weights = logits.new_empty(T, k, dtype=compute_dtype(logits.dtype))
+    experts = logits.new_empty(T, k, dtype=torch.int32)
+    counts, score_sum, logsumexp_sq = experts.new_empty(E), weights.new_empty(E), weights.new_empty(size=())
     weight_sum, entropy_sum = torch.empty_like(score_sum), torch.empty_like(logsumexp_sq)
     return weights, experts, counts, score_sum, weight_sum, logsumexp_sq, entropy_sum
 

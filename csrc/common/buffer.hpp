@@ -1,5 +1,5 @@
-// Workspace of the search: an array without initial values, because writing zeros first costs as much as the search's
-// own writes. Large ones lie in huge pages.
+// Workspace of a kernel: an array without initial values, because writing zeros first can cost as much as the work itself.
+// Large ones lie in huge pages.
 #pragma once
 #include <algorithm>
 #include <cstdint>
