@@ -149,6 +149,16 @@ class OpContract:
         for op, args in self.recorded_calls(self.grad_dtype() if self.differentiable else self.main_dtype()):
             torch.library.opcheck(op, args)
 
+    def test_one_device(self) -> None:
+        """Called through torch.ops, too, where nobody else has looked: a tensor elsewhere is an error that names it."""
+        for op, args in self.recorded_calls(self.grad_dtype() if self.differentiable else self.main_dtype()):
+            tensors = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+            for i in tensors[1:]:
+                elsewhere = (*args[:i], args[i].to("meta"), *args[i + 1 :])
+                name = op._schema.arguments[i].name
+                with pytest.raises(ValueError, match=f"^{name}: expected device cpu .*, got meta"):
+                    op(*elsewhere)
+
     def recorded_calls(self, dtype: torch.dtype) -> list[tuple[Any, tuple[Any, ...]]]:
         """Every moeyard op that one forward (and backward, where the dtype has one) calls, with its arguments."""
         inputs = self.inputs(dtype)

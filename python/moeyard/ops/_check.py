@@ -62,9 +62,14 @@ def _differ(size: int | torch.SymInt, expected: int | torch.SymInt) -> bool:
     return bool(guard_or_false(different))
 
 
-def same_device(name: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
-    if value.device != reference.device:
-        raise ValueError(f"{name}: expected device {reference.device} (that of {reference_name}), got {value.device}")
+def one_device(names: Sequence[str], values: Sequence[Any]) -> None:
+    """ValueError unless all tensors among the values lie on the device of the first."""
+    first: tuple[str, torch.device] | None = None
+    for name, value in zip(names, values, strict=True):
+        if isinstance(value, Tensor):
+            first = first or (name, value.device)
+            if value.device != first[1]:
+                raise ValueError(f"{name}: expected device {first[1]} (that of {first[0]}), got {value.device}")
 
 
 def integer(name: str, value: Any, *, minimum: int | None = None, optional: bool = False) -> None:

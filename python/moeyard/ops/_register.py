@@ -101,17 +101,10 @@ class Op:
             return self._cpu(*args)
         if with_gradient and self._apply is not None and autograd_is_on():
             return self._apply(*args)
-        self._check_arguments(args)
-        return self.overload(*args)
-
-    def _check_arguments(self, args: tuple[Any, ...]) -> None:
-        """Types, and one device for all tensors: what a direct call has anyway."""
-        reference: tuple[str, Tensor] | None = None
         for name, (kind, optional), value in zip(self._names, self._types, args, strict=True):
             _check.argument(name, kind, optional, value, self._options.get(name, ()))
-            if kind == "Tensor" and value is not None:
-                reference = reference or (name, value)
-                _check.same_device(name, value, *reference)
+        _check.one_device(self._names, args)
+        return self.overload(*args)
 
     def _below_autograd(self, *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -158,16 +151,28 @@ def register(
     """
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    overload = getattr(torch.ops.moeyard, name).default
+    names = [a.name for a in overload._schema.arguments]
     _LIBRARY.impl(name, cpu, "CPU")
-    _LIBRARY.impl(name, cuda or _no_cuda(name), "CUDA")
-    torch.library.register_fake(f"moeyard::{name}", fake, lib=_LIBRARY)
+    _LIBRARY.impl(name, _on_one_device(names, cuda) if cuda else _no_cuda(name), "CUDA")
+    torch.library.register_fake(f"moeyard::{name}", _on_one_device(names, fake), lib=_LIBRARY)
     torch.library.register_vmap(f"moeyard::{name}", _no_vmap(name), lib=_LIBRARY)
-    op = Op(getattr(torch.ops.moeyard, name).default, cpu, options or {})
+    op = Op(overload, cpu, options or {})
     if isinstance(gradient, str):
         gradient = _refusing(gradient)
     if gradient is not None:
         op.differentiate(gradient)
     return op
+
+
+def _on_one_device(names: Sequence[str], run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` for callers of torch.ops, whom no Op has checked. torch calls `cpu` for CPU tensors alone."""
+
+    def checked(*args: Any) -> Any:
+        _check.one_device(names, args)
+        return run(*args)
+
+    return checked
 
 
 def _refusing(message: str) -> type[Gradient]:

@@ -206,7 +206,6 @@ def _validate_backward(
 
 def _outputs(logits: Tensor, k: int) -> tuple[Tensor, ...]:
     T, E = logits.shape
-    # Sizes one by one: torch takes 0.3 us longer for a tuple of them, and 0.8 us for a torch.Size.
     weights = logits.new_empty(T, k, dtype=compute_dtype(logits.dtype))
     experts = logits.new_empty(T, k, dtype=torch.int32)
     counts, score_sum, logsumexp_sq = experts.new_empty(E), weights.new_empty(E), weights.new_empty(size=())
