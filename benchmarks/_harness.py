@@ -37,7 +37,7 @@ from _machine import machine, using_threads, versions
 
 ONE_CORE = "not measured: one core only"
 INPUT_SETS = 3
-WARM_UP_SECONDS = 0.2  # before a timing of several threads
+WARM_UP_SECONDS = 0.3  # before a timing of several threads
 LEAST_SECONDS = 5e-3  # what one timing should last; shorter calls are repeated
 UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 
@@ -359,9 +359,9 @@ class Suite:
             chosen = [inputs[(done + place + i) % len(inputs)] for i in range(min(repeats[name], len(inputs)))]
             before = inputs[(done + place - 1) % len(inputs)]
             call, count, number = sides[name], repeats[name], len(chosen)
-            warm_since = time.perf_counter()
             outputs = call(before)
             poison(outputs, inputs)
+            warm_since = time.perf_counter()
             while time.perf_counter() - warm_since < warm_up:
                 outputs = None  # the last call's outputs are gone before the next begins
                 outputs = call(before)

@@ -1,5 +1,5 @@
-// Workspace of a kernel: an array without initial values, because writing zeros first can cost as much as the work itself.
-// Large ones lie in huge pages.
+// Workspace of a kernel: an array without initial values, because writing zeros first can cost as much as the work
+// itself. Large ones lie in huge pages.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 #include "common/huge_pages.hpp"
 
-namespace moeyard::cpu {
+namespace moeyard {
 
 template <class T>
 class Buffer {
@@ -46,4 +46,4 @@ class Buffer {
   int64_t size_ = 0;
 };
 
-}  // namespace moeyard::cpu
+}  // namespace moeyard

@@ -14,18 +14,7 @@
 namespace moeyard {
 namespace {
 
-constexpr std::chrono::microseconds kPatience{100};
-
 long process_id() { return getpid(); }
-
-// Tells the core that this is a waiting loop: less power, and more of a shared core for the other side.
-inline void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
 
 // One job at a time: workers and the caller draw task numbers from `next_`, in ascending order, until none is left.
 class Pool {
@@ -88,12 +77,15 @@ class Pool {
     }
   }
 
+  // Sleeping and being woken costs more than most tasks that are still running, so the caller looks on for a moment.
   std::exception_ptr finish() {
     std::unique_lock<std::mutex> lock(mutex_);
     wanted_ = 0;  // a worker that has not joined yet finds nothing left to do
     if (running_ > 0) {
       lock.unlock();
-      look_on([&] { return running_ == 0; });
+      const auto patience = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
+      while (running_ > 0 && std::chrono::steady_clock::now() < patience) {
+      }
       lock.lock();
       done_.wait(lock, [&] { return running_ == 0; });
     }
@@ -110,26 +102,15 @@ class Pool {
       draw();
       lock.lock();
       if (--running_ == 0) done_.notify_one();
-      lock.unlock();
-      look_on([&] { return generation_ != seen; });
-      lock.lock();
     }
-  }
-
-  // Sleeping and being woken costs more than most tasks that are still running, and more than most pauses between two
-  // jobs of one call, so both sides look on for a moment first.
-  template <class Condition>
-  static void look_on(Condition met) {
-    const auto patience = std::chrono::steady_clock::now() + kPatience;
-    while (!met() && std::chrono::steady_clock::now() < patience) pause();
   }
 
   std::atomic<bool> busy_{false};
   std::mutex mutex_;
   std::condition_variable wake_, done_;
   const std::function<void(int64_t)>* task_ = nullptr;
-  int64_t count_ = 0, error_task_ = 0;
-  std::atomic<int64_t> next_{0}, generation_{0};
+  int64_t count_ = 0, generation_ = 0, error_task_ = 0;
+  std::atomic<int64_t> next_{0};
   std::atomic<int> running_{0};
   int wanted_ = 0, size_ = 0;
   std::exception_ptr error_;

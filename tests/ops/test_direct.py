@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moeyard
-from moeyard.ops import identity
+from moeyard.ops import _direct, identity
 from moeyard.ops.identity import _op
 
 
@@ -113,6 +113,19 @@ def test_transforms_and_tracers_see_the_op() -> None:
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError):
         identity(torch.autograd.forward_ad.make_dual(x, torch.ones(3)))
     assert seen == [False, False]
+
+
+def test_a_torch_with_other_internals_takes_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_direct, "_KNOWN", False)
+    assert _direct.DirectCalls([("Tensor", False)]).with_gradient((torch.randn(3),)) is None
+
+
+def test_another_number_of_arguments_is_not_direct() -> None:
+    x = torch.randn(3)
+    assert not is_direct()
+    assert not is_direct(x, x)
+    with pytest.raises(ValueError, match="zip"):
+        _op(x, x)
 
 
 def test_gradients_stay_the_outer_ops_business() -> None:

@@ -52,6 +52,8 @@ def with_row(value: float) -> Tensor:
         (lambda: moeyard.radius(P, EYE[:1].expand(2**31, 3), 1.0), ValueError, r"y: expected at most 2\^31 - 1"),
         (lambda: moeyard.radius(P, P.double(), 1.0), TypeError, "y: expected dtype float32, got float64"),
         (lambda: moeyard.radius(P, P.to("meta"), 1.0), ValueError, "y: expected device cpu"),
+        (lambda: moeyard.radius(P, None, 1.0), TypeError, "y: expected a torch.Tensor, got NoneType"),
+        (lambda: moeyard.radius(P, "P", 1.0), TypeError, "y: expected a torch.Tensor, got str"),
         # r
         *((lambda r=r: moeyard.radius_graph(P, r), ValueError, "r: expected a finite") for r in (0, -1.0, NAN, 1e30)),
         *((lambda r=r: moeyard.radius(P, P, r), ValueError, "r: expected a finite") for r in (1e-30, BIG)),

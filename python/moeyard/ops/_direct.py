@@ -64,18 +64,18 @@ class DirectCalls:
     """
 
     def __init__(self, kinds: Sequence[tuple[str, bool]]) -> None:
-        self._requires_grad = None
+        self._plain_calls = None
         if _KNOWN:
             allowed = [[*_EXACT.get(kind, []), *([type(None)] if optional else [])] for kind, optional in kinds]
-            self._requires_grad = _native.cpu.PlainCalls(allowed, _TENSORS, _keys_of, _PLAIN, _keys_added, _NO_MODE)
+            self._plain_calls = _native.cpu.PlainCalls(allowed, _TENSORS, _keys_of, _PLAIN, _keys_added, _NO_MODE)
 
     def with_gradient(self, args: tuple[Any, ...]) -> bool | None:
         """Whether such a call asks for a gradient; None for any other call."""
-        if is_compiling() or self._requires_grad is None or forward_ad._current_level >= 0:
+        if is_compiling() or self._plain_calls is None or forward_ad._current_level >= 0:
             return None
         if _function_modes() or _is_profiling():
             return None
-        requires_grad: bool | None = self._requires_grad(args)
+        requires_grad: bool | None = self._plain_calls(args)
         return requires_grad and torch.is_grad_enabled()
 
 

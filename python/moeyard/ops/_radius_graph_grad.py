@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moeyard import _native
 from moeyard.ops import _check
-from moeyard.ops._radius_graph_native import address, ids, point_set
+from moeyard.ops._radius_graph_native import given, ids, point_set
 from moeyard.ops._register import DTYPE_CODE, Gradient, contiguous, register
 
 _EDGES = (
@@ -96,12 +96,13 @@ class _Edges:
             if value is not None:
                 _check.dtype(name, value, [dtype])
                 _check.shape(name, value, shape)
-        _check_nodes(distance, batch, ptr, num_points, num_centres, cell_shape)
-        given = (num_edges, edge_index, distance, vector, cell_shift, grad_distance, grad_vector)
-        self._kept = [*map(contiguous, given), batch := ids(batch), ptr := ids(ptr)]
-        edge_count, rows, *per_edge = map(address, self._kept[:7])
+        _check_nodes(batch, ptr, num_points, num_centres, cell_shape)
+        per_edge = [contiguous(x) for x in (distance, vector, cell_shift, grad_distance, grad_vector)]
+        edge_index, num_edges, batch, ptr = edge_index.contiguous(), num_edges.contiguous(), ids(batch), ids(ptr)
+        self._kept = (per_edge, edge_index, num_edges, batch, ptr)
+        rows = given(edge_index)
         centre, neighbour = (rows, rows + 8 * m) if centre_is_source else (rows + 8 * m, rows)
-        self.edges = _native.cpu.RadiusEdges(m, edge_count, centre, neighbour, *per_edge)
+        self.edges = _native.cpu.RadiusEdges(m, given(num_edges), centre, neighbour, *map(given, per_edge))
         self.count = num_points if num_centres is None else num_centres
         self.centres = point_set(None, self.count, batch, ptr)
         self.num_points, self.code = num_points, DTYPE_CODE[distance.dtype]
@@ -110,8 +111,7 @@ class _Edges:
 
 
 def _check_nodes(
-    distance: Tensor, batch: Tensor | None, ptr: Tensor | None, num_points: int, num_centres: int | None,
-    cell_shape: list[int] | None,
+    batch: Tensor | None, ptr: Tensor | None, num_points: int, num_centres: int | None, cell_shape: list[int] | None
 ) -> None:  # fmt: skip
     count = num_points if num_centres is None else num_centres
     for name, number in (("num_points", num_points), ("num_centres", count)):
@@ -164,8 +164,8 @@ def _double_cpu(gg_points: Tensor, gg_centres: Tensor, gg_cell: Tensor, *args: A
     to_grad_distance, to_grad_vector, to_distance, to_vector = out = _double_fake(gg_points, gg_centres, gg_cell, *args)
     gg_points, gg_centres, gg_cell = gg_points.contiguous(), gg_centres.contiguous(), gg_cell.contiguous()
     _native.cpu.radius_graph_double_backward(
-        e.code, e.edges, e.num_points, e.centres, e.num_cells, address(gg_points),
-        address(gg_centres) if e.two_sets else 0, address(gg_cell) if e.has_cell else 0,
+        e.code, e.edges, e.num_points, e.centres, e.num_cells, given(gg_points),
+        given(gg_centres) if e.two_sets else 0, given(gg_cell) if e.has_cell else 0,
         to_grad_distance.data_ptr(), to_grad_vector.data_ptr(), to_distance.data_ptr(), to_vector.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip

@@ -14,13 +14,13 @@ NO_POINTS = _native.cpu.PointSet(0, 0, 0, 0, 0)
 NOT_PERIODIC = _native.cpu.Periodicity(0, -1, 0, -1)
 
 
-# Where empty tensors lie: zero, which they have for an address, means none to the native code.
-_NOWHERE = torch.zeros(1)
+# Stands for the address of an empty tensor, which is zero and would mean none to the native code. Nobody reads there.
+_EMPTY = 64
 
 
-def address(x: Tensor | None) -> int:
-    """Where the elements of a contiguous tensor lie; 0 for None only."""
-    return 0 if x is None else x.data_ptr() or _NOWHERE.data_ptr()
+def given(x: Tensor | None) -> int:
+    """The address of a contiguous tensor; zero for None only."""
+    return 0 if x is None else x.data_ptr() or _EMPTY
 
 
 def ids(x: Tensor | None) -> Tensor | None:
@@ -32,11 +32,11 @@ def point_set(xyz: Tensor | None, count: int, batch: Tensor | None, ptr: Tensor 
     """The native PointSet of `count` points; without `xyz` it names sizes and graphs only. All tensors are contiguous
     and outlive it, as below."""
     graphs = 0 if ptr is None else ptr.shape[0] - 1
-    return _native.cpu.PointSet(address(xyz), count, address(batch), address(ptr), graphs)
+    return _native.cpu.PointSet(given(xyz), count, given(batch), given(ptr), graphs)
 
 
 def periodicity(cell: Tensor, pbc: Tensor | None) -> Any:
     """The native Periodicity; -1 for one cell, or one set of periodic axes, that all graphs share."""
     cells = cell.shape[0] if cell.dim() == 3 else -1
     axes = pbc.shape[0] if pbc is not None and pbc.dim() == 2 else -1
-    return _native.cpu.Periodicity(address(cell), cells, address(pbc), axes)
+    return _native.cpu.Periodicity(given(cell), cells, given(pbc), axes)

@@ -89,9 +89,12 @@ class Op:
         # What Function.apply would do first concerns functorch's wrappers, which no direct call has: 2 us.
         self._apply = super(torch.autograd.Function, _function(name, gradient, self._cpu)).apply  # type: ignore[misc]
 
-    def named(self, **names: str) -> Op:
-        """The same op, whose errors call some arguments by other names than the schema does."""
+    def named(self, *required: str, **names: str) -> Op:
+        """The same op under another function: it must have the `required` arguments, and its errors call some arguments
+        by other names than the schema does."""
         other = copy(self)
+        other._types = tuple((k, o and n not in required) for n, (k, o) in zip(self._names, self._types, strict=True))
+        other._direct = DirectCalls(other._types)
         other._names = tuple(names.get(name, name) for name in self._names)
         return other
 

@@ -147,8 +147,6 @@ def radius(
 
     Raises, Determinism, Autocast, Gradient, Source: see `radius_graph`; gradients reach x, y and cell.
     """
-    if y is None:  # which would mean one set of points
-        _check.tensor("y", y)
     r = _cutoff(r)
     return RadiusGraph(
         *_radius_op(
@@ -349,4 +347,6 @@ class _Gradient(Gradient):
 
 
 _op = register(_SCHEMA, cpu=_cpu, fake=_fake, gradient=_Gradient)
-_radius_op = _op.named(pos="x", centres="y", batch="batch_x", batch_centres="batch_y", ptr="ptr_x", ptr_centres="ptr_y")
+_radius_op = _op.named(
+    "centres", pos="x", centres="y", batch="batch_x", batch_centres="batch_y", ptr="ptr_x", ptr_centres="ptr_y"
+)
