@@ -222,19 +222,26 @@ def bench_unpermute_backward(suite: Suite, case: str) -> None:
     suite.compare(row, make, ours, [Peer("gather, multiply, sum", peer, same)])
 
 
-@cases("bench_permute[", "bench_unpermute[")
-def bench_huge_pages(suite: Suite, case: str) -> None:
-    """The same in a process where torch's allocator asks for huge pages as well, which it does not by default: what is
-    left of the ratios is the kernels'."""
-    if "THP_MEM_ALLOC_ENABLE" in os.environ:
-        return  # this is that process, whose -k finds this benchmark too
+# What a process can ask of its memory. By default every large output is new memory, which the system clears first.
+_HUGE_PAGES = ("huge pages for torch too", {"THP_MEM_ALLOC_ENABLE": "1"})
+_RECYCLED = ("malloc keeps memory", {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)})
+OTHER_MEMORY = {
+    "permute, huge pages": ("bench_permute[", *_HUGE_PAGES),
+    "unpermute, huge pages": ("bench_unpermute[", *_HUGE_PAGES),
+    "permute, recycled": ("bench_permute[", *_RECYCLED),
+}
+
+
+@cases(*OTHER_MEMORY)
+def bench_other_memory(suite: Suite, case: str) -> None:
+    """The same in a process with other memory, for both sides: what is left of the ratios is the kernels'."""
+    part, what, settings = OTHER_MEMORY[case]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.json"
-        command = [sys.executable, __file__, "-k", case, "--json", str(file), *(["--quick"] if suite.quick else [])]
-        environment = os.environ | {"THP_MEM_ALLOC_ENABLE": "1"}
-        subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+        command = [sys.executable, __file__, "-k", part, "--json", str(file)] + ["--quick"] * suite.quick
+        subprocess.run(command, env=os.environ | settings, stdout=subprocess.DEVNULL, check=True)
         for row in json.loads(file.read_text())["rows"]:
-            suite.rows.append(row | {"row": f"{row['row']}, huge pages for torch too", "target": None, "holds": None})
+            suite.rows.append(row | {"row": f"{row['row']}, {what}", "target": None, "holds": None})
             print(line(suite.rows[-1]), flush=True)
 
 
