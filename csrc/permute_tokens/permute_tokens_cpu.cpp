@@ -35,21 +35,23 @@ MOEYARD_INLINE void fetch_ahead(const Arrays<T>& a, const Plan& plan, int64_t sl
   if (row >= 0) prefetch_row(a.rows + row * a.features + c, n);
 }
 
-template <bool kWeighted, class T>
-MOEYARD_INLINE void add_terms(const Term<T>* terms, int count, bool first, int64_t n, sum_t<T>* sum) {
+constexpr int kTerms = 4;  // of a sum that are added in one pass
+
+template <bool kWeighted, bool kFirst, class T>
+MOEYARD_INLINE void add_last(const Term<T>* terms, int count, const sum_t<T>* sum, int64_t n, T* out) {
   switch (count) {
-    case 4: return add_terms<4, kWeighted>(terms, first, n, sum);
-    case 3: return add_terms<3, kWeighted>(terms, first, n, sum);
-    case 2: return add_terms<2, kWeighted>(terms, first, n, sum);
-    case 1: return add_terms<1, kWeighted>(terms, first, n, sum);
+    case 4: return add_terms<4, kWeighted, kFirst>(terms, sum, n, out);
+    case 3: return add_terms<3, kWeighted, kFirst>(terms, sum, n, out);
+    case 2: return add_terms<2, kWeighted, kFirst>(terms, sum, n, out);
+    case 1: return add_terms<1, kWeighted, kFirst>(terms, sum, n, out);
+    default: std::fill(out, out + n, T{});
   }
 }
 
-// The sums of one token over `n` columns from column c.
+// The sums of one token over `n` columns from column c. Only those of many terms pass through `sum`.
 template <bool kWeighted, class T>
 MOEYARD_INLINE void sum_token(const Arrays<T>& a, const Plan& plan, int64_t token, int64_t c, int64_t n,
                               sum_t<T>* sum) {
-  constexpr int kTerms = 4;
   Term<T> terms[kTerms];
   int count = 0;
   bool first = true;
@@ -57,15 +59,15 @@ MOEYARD_INLINE void sum_token(const Arrays<T>& a, const Plan& plan, int64_t toke
     const int64_t row = plan.row_of_slot[slot];
     if (!a.dots) fetch_ahead(a, plan, slot, c, n);
     if (row < 0) continue;
+    if (count == kTerms) {
+      first ? add_terms<kTerms, kWeighted, true>(terms, sum, n, sum)
+            : add_terms<kTerms, kWeighted, false>(terms, sum, n, sum);
+      count = 0, first = false;
+    }
     terms[count++] = {a.rows + row * a.features + c, kWeighted ? a.weights[slot] : sum_t<T>{}};
-    if (count < kTerms) continue;
-    add_terms<kWeighted>(terms, count, first, n, sum);
-    count = 0, first = false;
   }
-  if (count)
-    add_terms<kWeighted>(terms, count, first, n, sum);
-  else if (first)
-    std::fill(sum, sum + n, sum_t<T>{});
+  T* const out = a.out + token * a.features + c;
+  first ? add_last<kWeighted, true>(terms, count, sum, n, out) : add_last<kWeighted, false>(terms, count, sum, n, out);
 }
 
 template <class T>
@@ -94,8 +96,6 @@ struct CombineTokens {
           sum_token<true>(a, plan, t, c, n, sum);
         else
           sum_token<false>(a, plan, t, c, n, sum);
-        T* out = a.out + t * a.features + c;
-        for (int64_t i = 0; i < n; ++i) out[i] = Sum<T>::store(sum[i]);
       }
     }
   }

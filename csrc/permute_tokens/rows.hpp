@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "common/dtype.hpp"
 #include "common/simd.hpp"
@@ -61,18 +62,21 @@ struct Term {
   sum_t<T> weight;
 };
 
-// sum (or zero, for the first terms) + the terms, one after the other. N at a time, so that a sum is loaded and stored
-// once per N rows.
-template <int N, bool kWeighted, class T>
-MOEYARD_INLINE void add_terms(const Term<T>* terms, bool first, int64_t n, sum_t<T>* __restrict sum) {
+// to = sum (zero for the first terms) + the terms, one after the other. N at a time, so that a sum is loaded and stored
+// once per N rows. `to` is `sum` itself, or the output, whose type the total is rounded to.
+template <int N, bool kWeighted, bool kFirst, class T, class To>
+MOEYARD_INLINE void add_terms(const Term<T>* terms, const sum_t<T>* sum, int64_t n, To* to) {
   const T* row[N];
   sum_t<T> weight[N];
   for (int j = 0; j < N; ++j) row[j] = terms[j].row, weight[j] = terms[j].weight;
-  if (first) std::fill(sum, sum + n, sum_t<T>{});
+#pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
-    sum_t<T> s = sum[i];
+    sum_t<T> s = kFirst ? sum_t<T>{} : sum[i];
     for (int j = 0; j < N; ++j) s += kWeighted ? weight[j] * Sum<T>::load(row[j][i]) : Sum<T>::load(row[j][i]);
-    sum[i] = s;
+    if constexpr (std::is_same_v<To, sum_t<T>>)
+      to[i] = s;
+    else
+      to[i] = Sum<T>::store(s);
   }
 }
 
