@@ -115,10 +115,10 @@ def _validate(values: Tensor, ptr: Tensor, index: Tensor, add: Tensor | None, to
 
 def _request(ptr: Tensor, index: Tensor, num_values: int) -> tuple[Any, Tensor, int]:
     """The native request, the pointers of the output and its rows. `ptr` and `index` are contiguous and outlive it."""
-    if ptr.shape[0] == 0:
+    segments, count = ptr.shape[0] - 1, index.shape[0]
+    if segments < 0:
         raise ValueError("ptr: expected shape [S + 1], got [0]")
-    count = index.shape[0]
-    request = _native.cpu.SegmentsRequest(int_view(ptr), ptr.shape[0] - 1, num_values, int_view(index), count)
+    request = _native.cpu.SegmentsRequest(int_view(ptr), segments, num_values, int_view(index), count)
     out_ptr = torch.empty(count + 1, dtype=torch.int64)
     return request, out_ptr, _native.cpu.segments_ptr(request, out_ptr.data_ptr())
 

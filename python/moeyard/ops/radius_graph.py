@@ -219,7 +219,8 @@ def _validate(
     _validate_set(pos, batch, ptr, "x" if two_sets else "pos", "_x" if two_sets else "")
     if centres is not None:
         _validate_set(centres, batch_centres, ptr_centres, "y", "_y")
-        _check.dtype("y", centres, (pos.dtype,))
+        if centres.dtype != pos.dtype:
+            _check.dtype("y", centres, (pos.dtype,))
         if symmetric or half or k is not None:
             raise ValueError("centres: expected one set of points with symmetric, half or k, got two")
     elif batch_centres is not None or ptr_centres is not None:
@@ -256,9 +257,11 @@ def _validate_set(pos: Tensor, batch: Tensor | None, ptr: Tensor | None, name: s
             raise ValueError(f"ptr{suffix}: expected at least one entry, got none")
 
 
-def _check_count(name: str, xyz: Tensor) -> None:
-    if xyz.shape[0] > _MAX_POINTS:
-        raise ValueError(f"{name}: expected at most 2^31 - 1 points, got {xyz.shape[0]}")
+def _count(name: str, xyz: Tensor) -> int:
+    count = xyz.shape[0]
+    if count > _MAX_POINTS:
+        raise ValueError(f"{name}: expected at most 2^31 - 1 points, got {count}")
+    return count
 
 
 # ---- implementations ------------------------------------------------------------------------------------------------
@@ -274,18 +277,17 @@ def _cpu(
         pos, centres, k, batch, batch_centres, ptr, ptr_centres, cell, pbc, max_num_neighbors, symmetric, half,
         max_edges,
     )  # fmt: skip
-    _check_count("pos" if centres is None else "x", pos)
-    if centres is not None:
-        _check_count("y", centres)
+    count = _count("pos" if centres is None else "x", pos)
+    count_centres = 0 if centres is None else _count("y", centres)
     if max_edges is not None and max_edges > _MAX_EDGES:
         raise ValueError(f"max_edges: expected at most 2^48, got {max_edges}")
     cpu, threads, code = _native.cpu, torch.get_num_threads(), DTYPE_CODE[pos.dtype]
     # Held by name until the kernels are done.
     pos, batch, ptr = pos.contiguous(), ids(batch), ids(ptr)
-    points, homes, periodic = point_set(pos, pos.shape[0], batch, ptr), NO_POINTS, NOT_PERIODIC
+    points, homes, periodic = point_set(pos, count, batch, ptr), NO_POINTS, NOT_PERIODIC
     if centres is not None:
         centres, batch_centres, ptr_centres = centres.contiguous(), ids(batch_centres), ids(ptr_centres)
-        homes = point_set(centres, centres.shape[0], batch_centres, ptr_centres)
+        homes = point_set(centres, count_centres, batch_centres, ptr_centres)
     if cell is not None:
         cell, pbc = cell.contiguous(), contiguous(pbc)
         periodic = periodicity(cell, pbc)
