@@ -16,7 +16,7 @@ help:
 	@echo "make test-simd  the op tests on the SIMD levels below this machine's best (make test runs the best)"
 	@echo "make sanitize   op tests and 100,000 hostile calls under AddressSanitizer and UBSan; ThreadSanitizer (Linux, gcc)"
 	@echo "make lint       ruff, mypy, clang-format"
-	@echo "make bench      every op beside its peers, into benchmarks/results and the README (about 10 minutes)"
+	@echo "make bench      every op beside its peers, into benchmarks/results and the README (about 13 minutes)"
 	@echo "make bench-quick  the same with smaller sizes and fewer rounds (3 minutes), nothing recorded"
 	@echo "make wheel      a wheel and an sdist in dist/"
 	@echo "make smoke      install the wheel into a fresh environment elsewhere and try it there"
