@@ -95,12 +95,11 @@ def shuffled(points: Points, seed: int) -> Points:
 
 @functools.cache
 def real_proteins() -> Points | str:
-    """The AlphaFold models of $MOEYARD_DATA, or why there are none."""
-    if "MOEYARD_DATA" not in os.environ:
-        return "MOEYARD_DATA is not set"
-    folder = Path(os.environ["MOEYARD_DATA"]) / "structures" / "alphafold"
+    """The AlphaFold models of $MOEYARD_DATA (default ../shared/data, as in the tests), or why there are none."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("MOEYARD_DATA", default)) / "structures" / "alphafold"
     if not folder.is_dir():
-        return "no structures/alphafold in MOEYARD_DATA"
+        return "no structures/alphafold below MOEYARD_DATA"
     try:
         from moeyard.data.structures import read_structures
 
