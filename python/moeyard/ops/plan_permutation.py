@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moeyard import _native
 from moeyard.ops import _check
-from moeyard.ops._register import register
+from moeyard.ops._register import address, int_view, register
 
 _SCHEMA = (
     "plan_permutation(Tensor experts, SymInt num_experts, SymInt? capacity, str drop, Tensor? weights, SymInt align)"
@@ -135,14 +135,14 @@ def _cpu(
         weights = weights.to(torch.promote_types(weights.dtype, torch.float32)).contiguous()
     out = _outputs(experts, num_experts, rows)
     _native.cpu.plan_permutation(
-        (experts.data_ptr(), experts.dtype == torch.int64),
+        int_view(experts),
         tokens,
         k,
         num_experts,
         tokens * k if capacity is None else min(capacity, tokens * k),
         align,
         rows,
-        0 if weights is None else weights.data_ptr(),
+        address(weights),
         weights is not None and weights.dtype == torch.float64,
         [o.data_ptr() for o in out],
         torch.get_num_threads(),

@@ -219,8 +219,7 @@ def _validate(
     _validate_set(pos, batch, ptr, "x" if two_sets else "pos", "_x" if two_sets else "")
     if centres is not None:
         _validate_set(centres, batch_centres, ptr_centres, "y", "_y")
-        if centres.dtype != pos.dtype:
-            _check.dtype("y", centres, (pos.dtype,))
+        _check.dtype("y", centres, (pos.dtype,))
         if symmetric or half or k is not None:
             raise ValueError("centres: expected one set of points with symmetric, half or k, got two")
     elif batch_centres is not None or ptr_centres is not None:
