@@ -17,7 +17,7 @@ step() {  # step NAME COMMAND...: runs it, keeps the log, notes a failure and go
 site=$(mktemp -d)
 step build env CMAKE_ARGS="-DMOEYARD_CUDA=ON" python3 -m pip install -q --no-build-isolation --no-deps --target "$site" .
 export PYTHONPATH="$site"
-python3 -m moeyard.doctor | tee "$OUT/doctor.txt"
+{ python3 -m moeyard.doctor; env | grep -E "^(CFLAGS|CXXFLAGS|CPPFLAGS|LDFLAGS|CMAKE_ARGS|CC|CXX)="; } | tee "$OUT/doctor.txt"
 step tests python3 -m pytest tests/ops tests/test_cuda.py tests/test_native.py -m "not slow" -p no:cacheprovider
 
 if command -v compute-sanitizer > /dev/null; then

@@ -85,10 +85,12 @@ def test_a_violation_is_caught(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "csrc").rglob("*.[chp]*")), ids=lambda p: str(p.relative_to(ROOT)))
-def test_no_libtorch_in_native_code(path: Path) -> None:
+def test_headers_that_native_code_does_without(path: Path) -> None:
     text = path.read_text()
     for header in ("torch/", "ATen/", "c10/"):
         assert f"#include <{header}" not in text, f"{path}: kernels know nothing of torch"
+    for header in ("iostream", "sstream", "fstream", "iomanip", "locale", "regex"):
+        assert f"#include <{header}>" not in text, f"{path}: no locales beside torch's (see common/check.hpp)"
 
 
 def test_one_stem_in_every_layer() -> None:
