@@ -6,9 +6,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from moeyard.nn import importance_loss, router_z_loss, routing_entropy, switch_load_balancing
+from moeyard.nn import (
+    importance_loss,
+    router_z_loss,
+    routing_entropy,
+    squared_deviation,
+    switch_load_balancing,
+)
 from moeyard.ops import topk_gating
 
 T, E, K = 29, 5, 2
@@ -31,9 +37,16 @@ def importance_formula(x: Tensor) -> Tensor:
     return importance.var(correction=0) / importance.mean() ** 2
 
 
+def deviation_formula(x: Tensor) -> Tensor:
+    top = x.softmax(-1).topk(K)
+    mean = torch.zeros_like(x).scatter(1, top.indices, top.values).mean(0)
+    return nn.functional.mse_loss(mean, mean.mean().expand(E))
+
+
 CASES: list[tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]] = [
     (switch_load_balancing, switch_formula),
     (importance_loss, importance_formula),
+    (squared_deviation, deviation_formula),
     (router_z_loss, lambda x: x.logsumexp(-1).square().mean()),
     (routing_entropy, lambda x: -(x.softmax(-1) * x.log_softmax(-1)).sum(-1).mean()),
 ]
@@ -69,6 +82,7 @@ def test_hand_computed() -> None:
     one = topk_gating(torch.tensor([[50.0, 0, 0, 0]] * 6, dtype=torch.float64), 1)
     torch.testing.assert_close(switch_load_balancing(one).item(), 4.0)
     torch.testing.assert_close(importance_loss(one).item(), 3.0)
+    torch.testing.assert_close(squared_deviation(one).item(), (0.75**2 + 3 * 0.25**2) / 4)
 
 
 def test_switch_loss_revives_a_dead_expert() -> None:

@@ -53,7 +53,7 @@ def make(activation: str = "swiglu", **options: object) -> tuple[MoE, Tensor]:
 def test_equals_a_loop_over_experts(activation: str, renormalize: bool) -> None:
     moe, x = make(activation, renormalize=renormalize)
     leaves = [x.requires_grad_(), *moe.parameters()]
-    output, gating = moe(x)
+    output, gating, _ = moe(x)
     weights, ids = gate(moe, x)
     want = loop(moe, x, weights, ids)
     assert torch.equal(gating.experts.long(), ids)
@@ -80,7 +80,7 @@ def test_permuting_tokens_permutes_the_output() -> None:
 def test_forced_experts_lead_and_take_their_weight() -> None:
     moe, x = make(renormalize=False)
     forced = torch.arange(len(x)) % 6
-    output, gating = moe(x, forced_experts=forced)
+    output, gating, _ = moe(x, forced_experts=forced)
     assert torch.equal(gating.experts[:, 0].long(), forced)
     assert (gating.experts[:, 1] != gating.experts[:, 0]).all()
     scores = (x @ moe.router.weight.T).softmax(-1)
@@ -94,7 +94,7 @@ def test_masked_tokens_give_zero_and_leave_the_others_alone() -> None:
     moe, x = make()
     mask = torch.ones(len(x), dtype=torch.bool)
     mask[5:9] = False
-    output, gating = moe(x, mask=mask)
+    output, gating, _ = moe(x, mask=mask)
     assert not output[~mask].any()
     assert int(gating.counts.sum()) == 2 * int(mask.sum())
     torch.testing.assert_close(output[mask], moe(x[mask]).output, rtol=0, atol=1e-12)
@@ -103,7 +103,7 @@ def test_masked_tokens_give_zero_and_leave_the_others_alone() -> None:
 @pytest.mark.parametrize("rows", [0, 1])
 def test_few_tokens(rows: int) -> None:
     moe, x = make()
-    output, _ = moe(x[:rows])
+    output, _, _ = moe(x[:rows])
     assert output.shape == (rows, 12)
     grads = torch.autograd.grad(output.sum(), list(moe.experts.parameters()))
     assert all(g.isfinite().all() for g in grads)
@@ -123,7 +123,7 @@ def test_autocast_keeps_the_router_in_float32() -> None:
     moe = MoE(16, 8, 4, 2)
     x = torch.randn(20, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output, gating = moe(x)
+        output, gating, _ = moe(x)
     assert gating.weights.dtype == torch.float32
     assert torch.equal(gating.experts, moe.router(x).experts)
     assert output.isfinite().all()
@@ -132,7 +132,7 @@ def test_autocast_keeps_the_router_in_float32() -> None:
 def test_bad_arguments_name_themselves() -> None:
     with pytest.raises(ValueError, match="k: expected 1 <= k <= num_experts = 4, got 5"):
         Router(8, 4, 5)
-    with pytest.raises(ValueError, match="activation: expected one of 'swiglu', 'gelu', got 'relu6'"):
+    with pytest.raises(ValueError, match="activation: expected one of 'swiglu', 'gelu', 'relu', got 'relu6'"):
         Experts(2, 4, 4, activation="relu6")
 
 

@@ -83,7 +83,7 @@ class _Block(nn.Module):
 
     def forward(self, h: Tensor, edges: Edges, forced_experts: Tensor | None) -> tuple[Tensor, Gating]:
         h = h + self.interaction(self.norm_interaction(h), edges)
-        update, gating = self.moe(self.norm_moe(h), forced_experts=forced_experts)
+        update, gating, _ = self.moe(self.norm_moe(h), forced_experts=forced_experts)
         return h + update, gating
 
 

@@ -1,7 +1,15 @@
 """Layers above the ops: router, experts, MoE layer, losses, message passing. Sees `ops` only."""
 
+from moeyard.nn.expert_ffn import expert_ffn
+from moeyard.nn.expert_optimizer import ExpertOptimizer, expert_parameters
 from moeyard.nn.experts import Experts
-from moeyard.nn.losses import importance_loss, router_z_loss, routing_entropy, switch_load_balancing
+from moeyard.nn.losses import (
+    importance_loss,
+    router_z_loss,
+    routing_entropy,
+    squared_deviation,
+    switch_load_balancing,
+)
 from moeyard.nn.message_passing import Edges, RadialBasis, RadialInteraction, VectorReadout, edges_of
 from moeyard.nn.moe import MoE, MoEOutput
 from moeyard.nn.router import Router
@@ -9,6 +17,7 @@ from moeyard.nn.usage import collapse_warnings, expert_usage
 
 __all__ = [
     "Edges",
+    "ExpertOptimizer",
     "Experts",
     "MoE",
     "MoEOutput",
@@ -18,9 +27,12 @@ __all__ = [
     "VectorReadout",
     "collapse_warnings",
     "edges_of",
+    "expert_ffn",
+    "expert_parameters",
     "expert_usage",
     "importance_loss",
     "router_z_loss",
     "routing_entropy",
+    "squared_deviation",
     "switch_load_balancing",
 ]

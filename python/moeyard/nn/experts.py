@@ -1,7 +1,5 @@
 """Experts: E feed-forward networks with stacked weights, each run over its own contiguous rows.
 
-    SwiGLU:  y = (silu(x G_e) * (x U_e)) D_e        GELU:  y = gelu(x U_e) D_e
-
 Shape letters: R rows sorted by expert, E experts, H features, I hidden features.
 """
 
@@ -10,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-#: Width of the first product in units of I: SwiGLU holds gate and value side by side.
-_PARTS = {"swiglu": 2, "gelu": 1}
+from moeyard.nn.expert_ffn import PARTS, expert_ffn
+from moeyard.ops import _check
 
 
 class Experts(nn.Module):
@@ -21,18 +19,21 @@ class Experts(nn.Module):
         num_experts: E.
         dim: H, features in and out.
         hidden: I, features between the two products.
-        activation: "swiglu" or "gelu".
+        activation: "swiglu", "gelu" or "relu".
+        recompute: keep no hidden features for the backward, see `expert_ffn`.
 
-    The weights are `up` [E, H, 2I or I] and `down` [E, I, H], laid out as `torch.nn.functional.grouped_mm` takes them.
-    Source: Shazeer 2020, "GLU variants improve Transformer" (arXiv:2002.05202).
+    The weights are `up` [E,H,2I or I] and `down` [E,I,H]; see `expert_ffn` for the formula.
     """
 
-    def __init__(self, num_experts: int, dim: int, hidden: int, *, activation: str = "swiglu") -> None:
+    def __init__(
+        self, num_experts: int, dim: int, hidden: int, *, activation: str = "swiglu", recompute: bool = False
+    ) -> None:
         super().__init__()
-        if activation not in _PARTS:
-            raise ValueError(f"activation: expected one of {', '.join(map(repr, _PARTS))}, got {activation!r}")
-        self.activation = activation
-        self.up = nn.Parameter(torch.empty(num_experts, dim, _PARTS[activation] * hidden))
+        for name, value in (("num_experts", num_experts), ("dim", dim), ("hidden", hidden)):
+            _check.integer(name, value, minimum=1)
+        _check.option("activation", activation, tuple(PARTS))
+        self.activation, self.recompute = activation, recompute
+        self.up = nn.Parameter(torch.empty(num_experts, dim, PARTS[activation] * hidden))
         self.down = nn.Parameter(torch.empty(num_experts, hidden, dim))
         self.reset_parameters()
 
@@ -51,25 +52,7 @@ class Experts(nn.Module):
         Returns:
             [R,H]; rows past the last offset are zero, and so is their gradient.
         """
-        # unbind: its backward stacks E gradients once, where indexing would add E full-size ones.
-        ups, downs = self.up.unbind(), self.down.unbind()
-        pieces, start = [], 0
-        for e, stop in enumerate(offsets.tolist()):
-            # Expert 0 runs over no rows as well: weights of a batch without rows have zero gradients, not None.
-            if stop > start or e == 0:
-                pieces.append(self._expert(x[start:stop], ups[e], downs[e]))
-            start = stop
-        tail = x.shape[0] - start
-        if tail:
-            pieces.append(pieces[0].new_zeros(tail, self.down.shape[2]))
-        return torch.cat(pieces)
-
-    def _expert(self, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        hidden = x @ up
-        if self.activation == "swiglu":
-            gate, value = hidden.chunk(2, dim=-1)
-            return (nn.functional.silu(gate) * value) @ down
-        return nn.functional.gelu(hidden) @ down
+        return expert_ffn(x, self.up, self.down, offsets, self.activation, recompute=self.recompute)
 
     def extra_repr(self) -> str:
         experts, dim, _ = self.up.shape

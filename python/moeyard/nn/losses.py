@@ -54,3 +54,13 @@ def importance_loss(gating: Gating) -> Tensor:
     mean = importance.mean()
     # Without tokens everything is zero; the smallest positive number keeps 0 / 0 out.
     return (importance - mean).square().mean() / mean.square().clamp(min=torch.finfo(mean.dtype).tiny)
+
+
+def squared_deviation(gating: Gating) -> Tensor:
+    """Mean over experts of the squared distance of their mean weight from the average one, which is 1/E for weights
+    that sum to one: 0 when balanced. The balance loss of the CheMoE models.
+
+    Only chosen experts carry a gradient: like `importance_loss` it cannot revive a dead one.
+    """
+    mean = gating.weight_sum / num_tokens(gating)
+    return (mean - mean.mean()).square().mean()

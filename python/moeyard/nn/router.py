@@ -7,8 +7,11 @@ Shape letters: T tokens, H features, E experts, k experts per token.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from moeyard.ops import Gating, _check, topk_gating
 
@@ -22,22 +25,45 @@ class Router(nn.Module):
         k: experts per token, 1 <= k <= E.
         score: score function of `topk_gating`: "softmax", "softmax_topk", "sigmoid" or "sqrtsoftplus".
         renormalize: divide a token's k weights by their sum.
+        scale: multiplies all weights.
+        num_groups, topk_groups: only the best groups of experts stay eligible, see `topk_gating`.
+        bias_rate: balance by a bias on the selection instead of a loss: `update_selection_bias` moves each expert's by
+            this much a step (DeepSeek-V3: 0.001). None: no bias.
 
     Determinism: that of the matrix product and of `topk_gating`. Autocast: the logits are computed in float32, since
-    rounding them to a half type would decide close calls at random. Source: Shazeer et al. 2017 (arXiv:1701.06538).
+    rounding them to a half type would decide close calls at random.
+    Source: Shazeer et al. 2017 (arXiv:1701.06538); Wang et al. 2024 (arXiv:2408.15664) for the bias.
     """
 
+    selection_bias: Tensor | None
+    load: Tensor
+
     def __init__(
-        self, dim: int, num_experts: int, k: int, *, score: str = "softmax", renormalize: bool = False
+        self,
+        dim: int,
+        num_experts: int,
+        k: int,
+        *,
+        score: str = "softmax",
+        renormalize: bool = False,
+        scale: float = 1.0,
+        num_groups: int | None = None,
+        topk_groups: int | None = None,
+        bias_rate: float | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("dim", dim), ("num_experts", num_experts), ("k", k)):
             _check.integer(name, value, minimum=1)
         if k > num_experts:
             raise ValueError(f"k: expected 1 <= k <= num_experts = {num_experts}, got {k}")
+        if bias_rate is not None and not (math.isfinite(bias_rate) and bias_rate > 0):
+            raise ValueError(f"bias_rate: expected None or a positive finite number, got {bias_rate}")
         self.num_experts, self.k, self.score, self.renormalize = num_experts, k, score, renormalize
+        self.scale, self.num_groups, self.topk_groups, self.bias_rate = scale, num_groups, topk_groups, bias_rate
         # Small initial logits: an even start, so that no expert wins by the draw of the weights (Switch, section 2.4).
         self.weight = nn.Parameter(torch.empty(num_experts, dim).normal_(std=0.1 * dim**-0.5))
+        self.register_buffer("selection_bias", None if bias_rate is None else torch.zeros(num_experts))
+        self.register_buffer("load", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
 
     def forward(
         self,
@@ -63,15 +89,45 @@ class Router(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
             logits = nn.functional.linear(x.to(dtype), self.weight.to(dtype))
-            return topk_gating(
+            gating = topk_gating(
                 logits,
                 self.k,
                 score=self.score,
                 renormalize=self.renormalize,
+                selection_bias=self.selection_bias,
+                num_groups=self.num_groups,
+                topk_groups=self.topk_groups,
+                scale=self.scale,
                 mask=mask,
                 forced_experts=forced_experts,
                 forced_weights=forced_weights,
             )
+        if self.training and self.selection_bias is not None:
+            self.load += gating.counts
+        return gating
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        bias = self.selection_bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.selection_bias is not None and self.selection_bias.dtype.itemsize < 4:
+            # A half type would swallow steps of 0.001: the bias stays in float32 whatever the model is cast to.
+            self.selection_bias = bias.to(self.selection_bias.device)
+        return self
+
+    @torch.no_grad()
+    def update_selection_bias(self) -> None:
+        """Lowers the bias of experts above the mean load since the last call and raises the others', by `bias_rate`.
+
+        Call it after every optimizer step. Where torch.distributed is initialised, the loads of all ranks are added
+        first, so that every rank keeps the same bias. Without `bias_rate` nothing happens.
+        """
+        if self.selection_bias is None or self.bias_rate is None:
+            return
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(self.load)
+        load = self.load.double()
+        self.selection_bias += self.bias_rate * torch.sign(load.mean() - load).to(self.selection_bias.dtype)
+        self.load.zero_()
 
     def extra_repr(self) -> str:
         return f"dim={self.weight.shape[1]}, num_experts={self.num_experts}, k={self.k}, score={self.score!r}"

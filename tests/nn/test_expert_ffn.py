@@ -1,0 +1,184 @@
+"""expert_ffn against the plain formula: values, gradients of both orders, blocks, idle experts, dtypes, compilation."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moeyard.nn import expert_ffn
+from moeyard.nn.expert_ffn import PARTS, expert_ffn_reference
+
+ACTIVATIONS = sorted(PARTS)
+
+
+def problem(activation: str, counts: list[int], *, tail: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    g = torch.Generator().manual_seed(len(counts))
+    rows, experts, dim, hidden = sum(counts) + tail, len(counts), 6, 5
+    x = torch.randn(rows, dim, generator=g, dtype=torch.float64)
+    up = torch.randn(experts, dim, PARTS[activation] * hidden, generator=g, dtype=torch.float64)
+    down = torch.randn(experts, hidden, dim, generator=g, dtype=torch.float64)
+    return [*(t.to(dtype).requires_grad_() for t in (x, up, down)), torch.tensor(counts).cumsum(0).int()]
+
+
+def by_hand(x: Tensor, up: Tensor, down: Tensor, offsets: Tensor, activation: str) -> Tensor:
+    """Row by row, with the activations written out."""
+    y = torch.zeros(x.shape[0], down.shape[2], dtype=x.dtype)
+    for r in range(int(offsets[-1])):
+        e = int((offsets <= r).sum())
+        h = x[r] @ up[e]
+        if activation == "swiglu":
+            gate, value = h[: len(h) // 2], h[len(h) // 2 :]
+            h = gate / (1 + torch.exp(-gate)) * value
+        elif activation == "gelu":
+            h = h * 0.5 * (1 + torch.erf(h / 2**0.5))
+        else:
+            h = torch.where(h > 0, h, 0)
+        y[r] = h @ down[e]
+    return y
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("counts", "tail"), [([3, 4, 2], 0), ([0, 5, 0, 0, 1], 2), ([0, 0], 3), ([7], 0), ([0], 0)])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_equals_the_formula(activation: str, counts: list[int], tail: int, recompute: bool) -> None:
+    *leaves, offsets = problem(activation, counts, tail=tail)
+    y = expert_ffn(*leaves, offsets, activation, recompute=recompute)
+    want = by_hand(*leaves, offsets, activation)
+    torch.testing.assert_close(y, want, rtol=0, atol=1e-11)
+    seed = torch.randn(y.shape, dtype=y.dtype)
+    got = torch.autograd.grad(y, leaves, seed)
+    # A formula without a single row has no graph at all; its gradients are zero.
+    expected = torch.autograd.grad(want, leaves, seed) if sum(counts) else [torch.zeros_like(t) for t in leaves]
+    for g, w in zip(got, expected, strict=True):
+        torch.testing.assert_close(g, w, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_experts_larger_than_a_block(activation: str, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["moeyard.nn.expert_ffn"], "_BLOCK", 4)
+    test_equals_the_formula(activation, [9, 0, 4, 1], 3, recompute)
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_gradients_of_both_orders(activation: str) -> None:
+    *leaves, offsets = problem(activation, [2, 0, 3], tail=1)
+    assert torch.autograd.gradcheck(lambda *t: expert_ffn(*t, offsets, activation), leaves)
+    assert torch.autograd.gradgradcheck(lambda *t: expert_ffn(*t, offsets, activation), leaves)
+
+
+def test_only_what_is_asked_for_is_differentiated() -> None:
+    x, up, down, offsets = problem("swiglu", [2, 3])
+    want = torch.autograd.grad(expert_ffn(x, up, down, offsets).sum(), [x, up, down])
+    for wanted in ([x], [up], [down], [x, down]):
+        mine = [t.detach().requires_grad_(any(t is w for w in wanted)) for t in (x, up, down)]
+        expert_ffn(*mine, offsets).sum().backward()
+        for t, g in zip(mine, want, strict=True):
+            assert (t.grad is None) == (not t.requires_grad)
+            assert t.grad is None or torch.equal(t.grad, g)
+
+
+def test_a_gradient_of_stride_zero() -> None:
+    *leaves, offsets = problem("swiglu", [2, 3])
+    expanded = torch.autograd.grad(expert_ffn(*leaves, offsets).sum(), leaves)
+    dense = torch.autograd.grad(expert_ffn(*leaves, offsets), leaves, torch.ones(5, 6, dtype=torch.float64))
+    assert all(torch.equal(a, b) for a, b in zip(expanded, dense, strict=True))
+
+
+def test_transposed_weights() -> None:
+    """Weights stored [E,out,in], as other libraries do, passed as views."""
+    x, up, down, offsets = problem("swiglu", [2, 0, 3])
+    stored = [w.detach().transpose(1, 2).contiguous().requires_grad_() for w in (up, down)]
+    y = expert_ffn(x, stored[0].transpose(1, 2), stored[1].transpose(1, 2), offsets)
+    torch.testing.assert_close(y, expert_ffn(x, up, down, offsets))
+    got = torch.autograd.grad(y.square().sum(), stored)
+    want = torch.autograd.grad(expert_ffn(x, up, down, offsets).square().sum(), [up, down])
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g.transpose(1, 2), w)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_lower_precisions_stay_near(dtype: torch.dtype) -> None:
+    exact = problem("swiglu", [5, 3, 8])
+    rounded = problem("swiglu", [5, 3, 8], dtype=dtype)
+    y = expert_ffn(*rounded)
+    assert y.dtype == dtype
+    want = expert_ffn(*(t.detach().to(dtype).double() if t.is_floating_point() else t for t in exact))
+    scale = float(want.detach().abs().max())
+    assert float((y.double() - want).detach().abs().max()) <= 8 * torch.finfo(dtype).eps * scale
+
+
+def test_autocast_runs_in_its_dtype() -> None:
+    *leaves, offsets = problem("swiglu", [4, 4], dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = expert_ffn(*leaves, offsets)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert all(t.grad is not None and t.grad.dtype == torch.float32 for t in leaves)
+
+
+def test_recompute_keeps_no_hidden_features() -> None:
+    *leaves, offsets = problem("swiglu", [4, 4])
+
+    def kept(recompute: bool) -> int:
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            expert_ffn(*leaves, offsets, recompute=recompute)
+        return sum(sizes)
+
+    assert kept(False) - kept(True) == 8 * 2 * 5
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_compiles_in_one_graph(activation: str) -> None:
+    *leaves, offsets = problem(activation, [2, 0, 3], tail=1, dtype=torch.float32)
+    compiled = torch.compile(lambda *t: expert_ffn(*t, activation).square().sum(), fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(compiled(*leaves, offsets), leaves)
+    want = torch.autograd.grad(expert_ffn(*leaves, offsets, activation).square().sum(), leaves)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w)
+
+
+def test_opcheck() -> None:
+    # Without a tail: its rows of the hidden features, which nobody reads, are not initialised.
+    *leaves, offsets = problem("gelu", [2, 0, 3])
+    torch.library.opcheck(torch.ops.moeyard.expert_ffn.default, (*leaves, offsets, "gelu", True))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"offsets": [3, 2]}, ValueError, r"offsets: expected values that rise within \[0, 5\], got 3 before 2"),
+        ({"offsets": [2, 6]}, ValueError, r"offsets: .*got 6 before 5"),
+        ({"offsets": [-1, 5]}, ValueError, r"offsets: .*got 0 before -1"),
+        ({"offsets": [1, 2, 5]}, ValueError, r"offsets: expected shape \[2\], got \[3\]"),
+        (
+            {"x": torch.zeros(5, 7, dtype=torch.float64)},
+            ValueError,
+            r"up: expected shape \[2, 7, 10\], got \[2, 6, 10\]",
+        ),
+        ({"down": torch.zeros(2, 5, 6)}, TypeError, "down: expected dtype float64, got float32"),
+        ({"up": torch.zeros(6, 10, dtype=torch.float64)}, ValueError, r"up: expected shape \[E, H, P\*I\]"),
+        ({"activation": "tanh"}, ValueError, "activation: expected one of 'swiglu', 'gelu', 'relu', got 'tanh'"),
+        ({"x": None}, TypeError, "x: expected a torch.Tensor, got NoneType"),
+    ],
+)
+def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    x, up, down, offsets = problem("swiglu", [2, 3])
+    arguments: dict[str, Any] = {"x": x, "up": up, "down": down, "offsets": offsets, "activation": "swiglu", **change}
+    if isinstance(arguments["offsets"], list):
+        arguments["offsets"] = torch.tensor(arguments["offsets"])
+    with pytest.raises(error, match=message):
+        expert_ffn(**arguments)
+
+
+def test_the_reference_is_the_formula() -> None:
+    for activation in ACTIVATIONS:
+        *leaves, offsets = problem(activation, [2, 0, 3], tail=2)
+        torch.testing.assert_close(
+            expert_ffn_reference(*leaves, offsets, activation), by_hand(*leaves, offsets, activation)
+        )
