@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BEGIN = "<!-- benchmarks: made by benchmarks/report.py -->"
 END = "<!-- benchmarks: end -->"
 EMPTY = "No results are recorded yet: `make bench` measures, fills this section and draws the plot."
-ORDER = ("topk_gating", "permute_tokens", "radius_graph", "pack_batches", "gather_segments", "identity")
+ORDER = ("topk_gating", "permute_tokens", "radius_graph", "pack_batches", "gather_segments", "moe", "identity")
 
 Document = dict[str, Any]
 

@@ -8,6 +8,7 @@
 
 #include "bind_direct.hpp"
 #include "common/simd.hpp"
+#include "expert_ffn/expert_ffn.hpp"
 #include "identity/identity.hpp"
 #include "pack_batches/pack_batches.hpp"
 #include "permute_tokens/permute_tokens.hpp"
@@ -46,6 +47,34 @@ PYBIND11_MODULE(_cpu, m) {
         moeyard::cpu::identity(at(in), at(out), bytes, threads);
       },
       "input"_a, "out"_a, "bytes"_a, "threads"_a, NoGil());
+
+  using Strided = std::tuple<Address, int64_t, int64_t, int64_t>;  // a stack of weights and its strides
+  py::class_<moeyard::ExpertFfn>(m, "ExpertFfn")
+      .def(py::init([](Address x, const Strided& up, const Strided& down, Ints offsets, int64_t rows, int64_t experts,
+                       int64_t dim, int64_t hidden, bool swiglu) {
+             const auto stack = [](const Strided& w) {
+               return moeyard::Weights{at<float>(std::get<0>(w)), std::get<1>(w), std::get<2>(w), std::get<3>(w)};
+             };
+             return moeyard::ExpertFfn{
+                 at<float>(x), stack(up), stack(down), view(offsets), rows, experts, dim, hidden, swiglu};
+           }),
+           "x"_a, "up"_a, "down"_a, "offsets"_a, "rows"_a, "experts"_a, "dim"_a, "hidden"_a, "swiglu"_a);
+  m.def("expert_ffn_runs", &moeyard::cpu::expert_ffn_runs);
+  m.def("expert_ffn_preferred", &moeyard::cpu::expert_ffn_preferred);
+  m.def(
+      "expert_ffn",
+      [](const moeyard::ExpertFfn& problem, Address y, Address hidden, int threads) {
+        moeyard::cpu::expert_ffn(problem, at<float>(y), at<float>(hidden), threads);
+      },
+      "problem"_a, "y"_a, "hidden"_a, "threads"_a, NoGil());
+  m.def(
+      "expert_ffn_backward",
+      [](const moeyard::ExpertFfn& problem, Address grad, Address hidden, Address grad_x, Address grad_up,
+         Address grad_down, int threads) {
+        moeyard::cpu::expert_ffn_backward(problem, at<float>(grad), at<float>(hidden),
+                                          {at<float>(grad_x), at<float>(grad_up), at<float>(grad_down)}, threads);
+      },
+      "problem"_a, "grad"_a, "hidden"_a, "grad_x"_a, "grad_up"_a, "grad_down"_a, "threads"_a, NoGil());
 
   m.def(
       "plan_permutation",

@@ -5,6 +5,7 @@ from typing import Any
 
 Ints = tuple[int, bool]  # address, int64 (else int32)
 Plan = tuple[int, int, int, int, int]  # row_of_slot, slot_of_row, tokens, k, rows
+Strided = tuple[int, int, int, int]  # address; strides of expert, row and column
 
 def simd_level() -> str: ...
 def simd_best() -> str: ...
@@ -22,6 +23,27 @@ class PlainCalls:
     def __call__(self, args: tuple[Any, ...]) -> bool | None: ...
 
 def identity(input: int, out: int, bytes: int, threads: int) -> None: ...
+
+class ExpertFfn:
+    def __init__(
+        self,
+        x: int,
+        up: Strided,
+        down: Strided,
+        offsets: Ints,
+        rows: int,
+        experts: int,
+        dim: int,
+        hidden: int,
+        swiglu: bool,
+    ) -> None: ...
+
+def expert_ffn_runs() -> bool: ...
+def expert_ffn_preferred() -> bool: ...
+def expert_ffn(problem: ExpertFfn, y: int, hidden: int, threads: int) -> None: ...
+def expert_ffn_backward(
+    problem: ExpertFfn, grad: int, hidden: int, grad_x: int, grad_up: int, grad_down: int, threads: int
+) -> None: ...
 def plan_permutation(
     experts: Ints,
     tokens: int,

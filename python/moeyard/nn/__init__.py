@@ -1,6 +1,5 @@
 """Layers above the ops: router, experts, MoE layer, losses, message passing. Sees `ops` only."""
 
-from moeyard.nn.expert_ffn import expert_ffn
 from moeyard.nn.expert_optimizer import ExpertOptimizer, expert_parameters
 from moeyard.nn.experts import Experts
 from moeyard.nn.losses import (
@@ -14,6 +13,7 @@ from moeyard.nn.message_passing import Edges, RadialBasis, RadialInteraction, Ve
 from moeyard.nn.moe import MoE, MoEOutput
 from moeyard.nn.router import Router
 from moeyard.nn.usage import collapse_warnings, expert_usage
+from moeyard.ops.expert_ffn import expert_ffn
 
 __all__ = [
     "Edges",

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moeyard.nn.expert_ffn import PARTS, expert_ffn
 from moeyard.ops import _check
+from moeyard.ops.expert_ffn import PARTS, expert_ffn
 
 
 class Experts(nn.Module):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeyard.nn import expert_ffn
-from moeyard.nn.expert_ffn import PARTS, expert_ffn_reference
+from moeyard import _native
+from moeyard.ops.expert_ffn import PARTS, expert_ffn, expert_ffn_reference
 
 ACTIVATIONS = sorted(PARTS)
 
@@ -60,7 +60,7 @@ def test_equals_the_formula(activation: str, counts: list[int], tail: int, recom
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_experts_larger_than_a_block(activation: str, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["moeyard.nn.expert_ffn"], "_BLOCK", 4)
+    monkeypatch.setattr(sys.modules["moeyard.ops.expert_ffn"], "_BLOCK", 4)
     test_equals_the_formula(activation, [9, 0, 4, 1], 3, recompute)
 
 
@@ -174,6 +174,96 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
         arguments["offsets"] = torch.tensor(arguments["offsets"])
     with pytest.raises(error, match=message):
         expert_ffn(**arguments)
+
+
+native = pytest.mark.skipif(not _native.cpu.expert_ffn_runs(), reason="no AVX-512")
+SIZES = [(5, 3), (8, 32), (33, 17), (64, 40), (257, 31), (31, 257), (520, 530)]
+
+
+@pytest.fixture
+def on_native(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Our kernels, also where the BLAS behind torch would be preferred; notes their calls."""
+    calls: list[str] = []
+    module = sys.modules["moeyard.ops.expert_ffn"]
+    taken = module._problem
+    monkeypatch.setattr(module, "_takes_native", lambda x, a: x.dtype == torch.float32 and a in ("swiglu", "relu"))
+    monkeypatch.setattr(module, "_problem", lambda *a: calls.append("native") or taken(*a))
+    return calls
+
+
+def compare_with_float64(
+    x: Tensor, up: Tensor, down: Tensor, offsets: Tensor, activation: str, recompute: bool
+) -> None:
+    leaves = [t.requires_grad_() for t in (x, up, down)]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    y = expert_ffn(*leaves, offsets, activation, recompute=recompute)
+    want = expert_ffn_reference(*exact, offsets, activation)
+    seed = torch.randn(y.shape)
+    got = [y, *torch.autograd.grad(y, leaves, seed)]
+    expected = [want, *torch.autograd.grad(want, exact, seed.double())]
+    for g, w in zip(got, expected, strict=True):
+        scale = max(1.0, float(w.detach().abs().max())) if w.numel() else 1.0
+        torch.testing.assert_close(g.double(), w, rtol=0, atol=3e-6 * scale)
+
+
+@native
+@pytest.mark.parametrize("activation", ["swiglu", "relu"])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("dim", "hidden"), SIZES)
+def test_native_products(dim: int, hidden: int, activation: str, recompute: bool, on_native: list[str]) -> None:
+    torch.manual_seed(dim)
+    counts = [9, 0, 1, 140, 7, 0]
+    x = torch.randn(sum(counts) + 3, dim)
+    up = torch.randn(len(counts), dim, PARTS[activation] * hidden) * dim**-0.5
+    down = torch.randn(len(counts), hidden, dim) * hidden**-0.5
+    compare_with_float64(x, up, down, torch.tensor(counts).cumsum(0), activation, recompute)
+    assert on_native
+
+
+@native
+@pytest.mark.parametrize("counts", [[9000, 3], [0, 2500, 2600], [700] * 13])
+def test_native_products_of_many_rows(counts: list[int], on_native: list[str]) -> None:
+    """Several segments and sums of gradients for one expert; the same bits for any number of threads."""
+    torch.manual_seed(0)
+    x, seed = torch.randn(sum(counts) + 5, 24), torch.randn(sum(counts) + 5, 24)
+    up, down = torch.randn(len(counts), 24, 40) * 0.2, torch.randn(len(counts), 20, 24) * 0.2
+    offsets = torch.tensor(counts).cumsum(0).int()
+    compare_with_float64(x, up, down, offsets, "swiglu", False)
+    results, before = [], torch.get_num_threads()
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        y = expert_ffn(x, up, down, offsets)
+        results.append([y.detach(), *torch.autograd.grad(y, [x, up, down], seed)])
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@native
+def test_native_products_take_any_strides(on_native: list[str]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(50, 40).t().contiguous().t()
+    up, down = torch.randn(2, 60, 40).transpose(1, 2), torch.randn(2, 40, 30).transpose(1, 2)
+    compare_with_float64(x, up * 0.1, down * 0.1, torch.tensor([21, 50]), "swiglu", False)
+    compare_with_float64(x, up[:, :, ::2] * 0.1, down[:, ::2] * 0.1, torch.tensor([21, 50]), "swiglu", False)
+    assert len(on_native) == 4
+
+
+@native
+def test_native_products_keep_nan(on_native: list[str]) -> None:
+    for activation in ("swiglu", "relu"):
+        x, up, down = torch.ones(9, 4), torch.ones(1, 4, PARTS[activation] * 3), torch.ones(1, 3, 4)
+        x[5, 1] = torch.nan
+        y = expert_ffn(x, up, down, torch.tensor([9]), activation)
+        assert y.isnan().any(1).tolist() == [i == 5 for i in range(9)]
+
+
+@native
+def test_native_offsets_are_checked(on_native: list[str]) -> None:
+    x, up, down = torch.ones(5, 4), torch.ones(2, 4, 6), torch.ones(2, 3, 4)
+    for offsets, message in (([3, 2], "got 3 before 2"), ([2, 6], "got 6 before 5"), ([-1, 5], "got 0 before -1")):
+        with pytest.raises(ValueError, match=rf"offsets: expected values that rise within \[0, 5\], {message}"):
+            expert_ffn(x, up, down, torch.tensor(offsets))
 
 
 def test_the_reference_is_the_formula() -> None:
