@@ -1,7 +1,7 @@
 // The activations on tiles of at most 8 by 32, 16 numbers at a time.
 #pragma once
+#include "common/score_math.hpp"
 #include "expert_ffn/product.hpp"
-#include "topk_gating/score_math.hpp"
 
 namespace moeyard::cpu {
 namespace {

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "topk_gating/score_math.hpp"
+#include "common/score_math.hpp"
 #include "topk_gating/topk_gating.hpp"
 
 namespace moeyard::cpu {

@@ -1,5 +1,5 @@
 // The score functions behind a C entry, so that a test can measure their error over whole ranges.
-#include "topk_gating/score_math.hpp"
+#include "common/score_math.hpp"
 
 using namespace moeyard::score_math;
 
@@ -7,30 +7,14 @@ template <class A>
 static void probe(int function, const A* x, A* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     switch (function) {
-      case 0:
-        out[i] = exp_nonpositive(x[i]);
-        break;
-      case 1:
-        out[i] = log_positive(x[i]);
-        break;
-      case 2:
-        out[i] = log1p_unit(x[i]);
-        break;
-      case 3:
-        out[i] = sigmoid(x[i]);
-        break;
-      case 4:
-        out[i] = softplus(x[i]);
-        break;
-      case 5:
-        out[i] = sqrtsoftplus(x[i]);
-        break;
-      case 6:
-        out[i] = sigmoid_slope(x[i]);
-        break;
-      default:
-        out[i] = sqrtsoftplus_slope(x[i]);
-        break;
+      case 0: out[i] = exp_nonpositive(x[i]); break;
+      case 1: out[i] = log_positive(x[i]); break;
+      case 2: out[i] = log1p_unit(x[i]); break;
+      case 3: out[i] = sigmoid(x[i]); break;
+      case 4: out[i] = softplus(x[i]); break;
+      case 5: out[i] = sqrtsoftplus(x[i]); break;
+      case 6: out[i] = sigmoid_slope(x[i]); break;
+      default: out[i] = sqrtsoftplus_slope(x[i]); break;
     }
   }
 }

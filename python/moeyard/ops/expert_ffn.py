@@ -151,11 +151,11 @@ def _takes_native(x: Tensor, activation: str) -> bool:
 
 def _problem(x: Tensor, up: Tensor, down: Tensor, offsets: Tensor, activation: str) -> Any:
     """The native request; `x` and `offsets` are contiguous, and all outlive it."""
-    stacks = [(w.data_ptr(), *w.stride()) for w in (up, down)]
+    (rows, dim), (experts, hidden, _) = x.shape, down.shape
+    up_stack, down_stack = ((w.data_ptr(), w.stride(0), w.stride(1), w.stride(2)) for w in (up, down))
     return _native.cpu.ExpertFfn(
-        x.data_ptr(), *stacks, int_view(offsets), *x.shape[:1], *down.shape[:1], *x.shape[1:], down.shape[1],
-        activation == "swiglu",
-    )  # fmt: skip
+        x.data_ptr(), up_stack, down_stack, int_view(offsets), rows, experts, dim, hidden, activation == "swiglu"
+    )
 
 
 def _cpu(
@@ -212,8 +212,8 @@ def _backward_cpu(
     grad_up, grad_down = (w.new_empty(w.shape) if for_weights else nothing for w in (up, down))
     problem = _problem(x, up, down, offsets, activation)
     kept = hidden.data_ptr() if hidden.numel() else 0
-    wanted = [g.data_ptr() if g.numel() else 0 for g in (grad_x, grad_up, grad_down)]
-    _native.cpu.expert_ffn_backward(problem, grad.data_ptr(), kept, *wanted, torch.get_num_threads())
+    to_x, to_up, to_down = (g.data_ptr() if g.numel() else 0 for g in (grad_x, grad_up, grad_down))
+    _native.cpu.expert_ffn_backward(problem, grad.data_ptr(), kept, to_x, to_up, to_down, torch.get_num_threads())
     return grad_x, grad_up, grad_down
 
 
