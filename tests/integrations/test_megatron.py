@@ -1,4 +1,4 @@
-"""The Megatron-style functions against their definitions in plain torch, and against megatron-core where it is there."""
+"""The Megatron-style functions against their definitions in plain torch, and against megatron-core where it is."""
 
 from __future__ import annotations
 
@@ -27,7 +27,13 @@ def rows_by_definition(routing_map: Tensor, capacity: int | None) -> list[tuple[
 
 
 def routing_by_definition(
-    logits: Tensor, k: int, score: str, pre: bool, groups: tuple[int, int] | None, scale: float | None, bias: Tensor | None
+    logits: Tensor,
+    k: int,
+    score: str,
+    pre: bool,
+    groups: tuple[int, int] | None,
+    scale: float | None,
+    bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     probs, chosen_map = torch.zeros_like(logits), torch.zeros_like(logits, dtype=torch.bool)
     rows = []
@@ -147,7 +153,12 @@ ROUTING: dict[str, dict[str, Any]] = {
     "softmax of the chosen": {},
     "softmax before": {"use_pre_softmax": True},
     "softmax, groups": {"num_groups": 4, "group_topk": 2, "topk": 4},
-    "softmax before, groups, scaled": {"use_pre_softmax": True, "num_groups": 2, "group_topk": 1, "scaling_factor": 2.5},
+    "softmax before, groups, scaled": {
+        "use_pre_softmax": True,
+        "num_groups": 2,
+        "group_topk": 1,
+        "scaling_factor": 2.5,
+    },
     "sigmoid": {"score_function": "sigmoid"},
     "sigmoid of one": {"score_function": "sigmoid", "topk": 1},
     "sigmoid, bias": {"score_function": "sigmoid", "bias": True},

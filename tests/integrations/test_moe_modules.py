@@ -1,4 +1,4 @@
-"""The CheMoE building blocks against their formula: every expert on every sample, times weights that are mostly zero."""
+"""The CheMoE building blocks against their formula: every expert on every sample, times weights mostly zero."""
 
 from __future__ import annotations
 

@@ -71,7 +71,12 @@ def test_models_that_hold_the_name_and_the_way_back() -> None:
     finally:
         del sys.modules["somebodys_module"]
     edges = torch.tensor(sorted(definition(pos, 0.5, batch))).t()
-    model.interaction_graph = lambda pos, batch: (edges, (pos[edges[0]] - pos[edges[1]]).norm(dim=-1))
+
+    class Given(torch.nn.Module):
+        def forward(self, pos: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+            return edges, (pos[edges[0]] - pos[edges[1]]).norm(dim=-1)
+
+    model.interaction_graph = Given()
     torch.testing.assert_close(energy, model(numbers, pos, batch))
 
 

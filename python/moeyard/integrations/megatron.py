@@ -48,7 +48,7 @@ def permute(
         The rows [R,H], their weights [R] (None without `probs`), and `sorted_indices` [R] int64, the token of each row.
 
     Raises:
-        TypeError, ValueError: shapes that do not fit; `drop_and_pad` without a `num_out_tokens` that is a multiple of E.
+        TypeError, ValueError: shapes that do not fit; `drop_and_pad` without a `num_out_tokens` divisible by E.
 
     Determinism: bit-identical for any number of threads. Gradients for `tokens` and `probs`.
     """
@@ -174,12 +174,14 @@ def _rows(routing_map: Tensor, num_out_tokens: int | None, drop_and_pad: bool) -
     """The expert and the token of every row, [R] int64 each."""
     by_expert = routing_map.bool().t()
     if not drop_and_pad:
-        rows: tuple[Tensor, Tensor] = by_expert.nonzero(as_tuple=True)
-        return rows
+        expert_of_row, token_of_row = by_expert.nonzero(as_tuple=True)
+        return expert_of_row, token_of_row
     experts, tokens = by_expert.shape
     if num_out_tokens is None or num_out_tokens % experts or num_out_tokens > experts * tokens:
         limit = experts * tokens
-        raise ValueError(f"num_out_tokens: expected a multiple of {experts} (experts) up to {limit}, got {num_out_tokens}")
+        raise ValueError(
+            f"num_out_tokens: expected a multiple of {experts} (experts) up to {limit}, got {num_out_tokens}"
+        )
     capacity = num_out_tokens // experts
     # Stable, so that both the tokens of an expert and those that pad it keep their order.
     token_of_row = by_expert.char().argsort(dim=1, descending=True, stable=True)[:, :capacity].flatten()

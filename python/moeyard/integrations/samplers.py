@@ -1,9 +1,8 @@
 """Batch samplers (`AtomBudgetBatchSampler`, or any other) in Lightning and in the Trainer of transformers.
 
-A plain DataLoader needs none of this: `DataLoader(dataset, batch_sampler=sampler)`, and `sampler.set_epoch(epoch)` before
-each epoch. Trainers do two things in between that a batch sampler of its own kind does not survive: they call
-`set_epoch` where it is not heard, so that every epoch has the same batches, and they deal batches to several processes
-by repeating or dropping some.
+A plain DataLoader needs none of this: `DataLoader(dataset, batch_sampler=sampler)`, and `sampler.set_epoch(epoch)`
+before each epoch. Trainers stand in between in two ways: they call `set_epoch` where a batch sampler does not hear it,
+so that every epoch has the same batches, and they deal batches to several processes by repeating or dropping some.
 
     loader = EpochLoader(dataset, SharedBatchSampler(sampler), collate_fn=collate)
 
@@ -35,8 +34,8 @@ class SharedBatchSampler(Sampler[list[int]]):
     """Deals the batches of a sampler to the ranks of a process group, and hears of the epochs.
 
     Rank r gets batches r, r + W, r + 2W ... of W ranks. Their number is made a multiple of W by halving the largest
-    batches, so every rank has equally many, each sample comes once, and no batch grows beyond its budget. In one process
-    the batches are the sampler's own.
+    batches, so every rank has equally many, each sample comes once, and no batch grows beyond its budget. In a single
+    process the batches are the sampler's own.
 
     Args:
         batch_sampler: lists of ids, the same on every rank.
@@ -49,7 +48,9 @@ class SharedBatchSampler(Sampler[list[int]]):
     Determinism: that of the sampler; no random numbers.
     """
 
-    def __init__(self, batch_sampler: BatchSampler, *, num_replicas: int | None = None, rank: int | None = None) -> None:
+    def __init__(
+        self, batch_sampler: BatchSampler, *, num_replicas: int | None = None, rank: int | None = None
+    ) -> None:
         # No super().__init__(): some versions of torch take an argument there and some warn about it.
         _check.integer("num_replicas", num_replicas, minimum=1, optional=True)
         _check.integer("rank", rank, minimum=0, optional=True)

@@ -97,7 +97,7 @@ class _Layout(NamedTuple):
 
 
 def _layout(module: Any) -> _Layout:
-    """What the hook says of the weights; flags that an older 5.x does not set have the value that all its models share."""
+    """What the hook says of the weights; flags that an older 5.x does not set have their default."""
     gated, biased = getattr(module, "has_gate", True), getattr(module, "has_bias", False)
     custom = gated and type(module)._apply_gate.__module__ != _HOOK
     if gated and not custom and not getattr(module, "is_concatenated", True):
