@@ -179,7 +179,8 @@ def test_views_and_a_dataset_of_one() -> None:
     data_list = graphs()
     view = Stored(data_list)[[6, 2, 7]]
     assert_same(SegmentDataset(view)[[1, 0]], Batch.from_data_list([data_list[2], data_list[6]]))
-    assert_same(SegmentDataset(Stored(data_list[:1]))[0], Batch.from_data_list(data_list[:1]))
+    for one in (0, torch.tensor(0), [0]):
+        assert_same(SegmentDataset(Stored(data_list[:1]))[one], Batch.from_data_list(data_list[:1]))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

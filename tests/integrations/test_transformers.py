@@ -270,6 +270,11 @@ def test_model_with_our_gate_is_the_eager_one(name: str) -> None:
     want = logits_and_gradients(model)
     with drop_in.use_moeyard_gate(model):
         assert_same(logits_and_gradients(model), want, torch.float32)
+        recorded = model(input_ids=torch.arange(8)[None], output_router_logits=True)
+    plain = model(input_ids=torch.arange(8)[None], output_router_logits=True)
+    if "router_logits" in plain:  # what the auxiliary loss of transformers is taken from
+        torch.testing.assert_close(recorded.router_logits, plain.router_logits)
+        torch.testing.assert_close(recorded.aux_loss, plain.aux_loss)
     again = logits_and_gradients(model)
     assert all(torch.equal(again[key], want[key]) for key in want)
 

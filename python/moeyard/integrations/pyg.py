@@ -99,11 +99,11 @@ class SegmentDataset(Dataset[Batch]):
         return self._ids.shape[0]
 
     def __getitem__(self, index: int | Sequence[int]) -> Batch:
-        return self.__getitems__([index] if isinstance(index, int) else index)
+        return self.__getitems__(index)
 
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
+    def __getitems__(self, indices: int | Sequence[int]) -> Batch:
         """The graphs `indices` (ids from 0 to S - 1, repeats allowed) as one batch, in that order."""
-        ids = self._ids[torch.as_tensor(indices, dtype=torch.int64)]
+        ids = self._ids[torch.as_tensor(indices, dtype=torch.int64).reshape(-1)]
         out = Batch(_base_cls=type(self._empty)).stores_as(self._empty)
         out._slice_dict, out._inc_dict = {}, {}
         for key, attribute in self._attributes.items():
