@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +163,27 @@ def test_trainer_of_transformers(tmp_path: Path) -> None:
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["lightning", "transformers"])
+def test_two_ranks_train(trainer: str, tmp_path: Path) -> None:
+    """Two epochs by torchrun: equally many batches, every sample once per epoch, new batches in the second."""
+    pytest.importorskip(trainer)
+    script = Path(__file__).with_name("two_ranks.py")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), trainer, str(tmp_path)]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    epochs = [[], []]
+    for rank in range(2):
+        seen = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert len(seen) % 2 == 0
+        for epoch, batches in enumerate((seen[: len(seen) // 2], seen[len(seen) // 2 :])):
+            epochs[epoch].append(batches)
+    for shares in epochs:
+        assert len(shares[0]) == len(shares[1])
+        assert sorted(i for share in shares for batch in share for i in batch) == list(range(8))
+    assert epochs[0] != epochs[1]
 
 
 def _rank(rank: int, port: int, folder: Path) -> None:

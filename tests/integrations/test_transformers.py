@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -112,6 +113,15 @@ def test_ours_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     model.set_experts_implementation("eager")
     model(input_ids=torch.arange(8)[None])
     assert len(calls) == 2
+
+
+def test_from_pretrained(tmp_path: Path) -> None:
+    model = build("qwen3_moe")
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="moeyard")
+    assert again.config._experts_implementation == "moeyard"
+    ids = torch.arange(8)[None]
+    assert torch.equal(again(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
 
 
 def experts_of(module: str, name: str, **config: Any) -> Any:

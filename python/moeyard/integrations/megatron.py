@@ -6,8 +6,8 @@
     rows, _, sorted_indices = permute(tokens, routing_map)
     out = unpermute(experts(rows), sorted_indices, tokens.shape, probs, routing_map)
 
-The signatures are those of `megatron/core/transformer/moe/moe_utils.py`, through which Megatron also reaches Transformer
-Engine's (`fused=True`). Here `fused` is accepted and changes nothing: there is one implementation.
+The signatures are those of `megatron/core/transformer/moe/moe_utils.py`, through which Megatron also reaches
+Transformer Engine's (`fused=True`). Here `fused` is accepted and changes nothing: there is one implementation.
 
 Shape letters: T tokens, H features, E experts, R rows, C capacity.
 """
