@@ -27,7 +27,7 @@ def radius(
     r: float,
     batch_x: Tensor | None = None,
     batch_y: Tensor | None = None,
-    max_num_neighbors: int = 32,
+    max_num_neighbors: int | None = 32,
     num_workers: int = 1,
     batch_size: int | None = None,
     ignore_same_index: bool = False,
@@ -38,7 +38,7 @@ def radius(
         x, y: [N, D] and [K, D] float32 or float64, D <= 3; [N] counts as D = 1.
         r: cutoff; an edge needs a distance strictly below it.
         batch_x, batch_y: [N] and [K] sorted graph ids.
-        max_num_neighbors: at most so many per row of y, the first by index.
+        max_num_neighbors: at most so many per row of y, the first by index; None is no limit.
         num_workers, batch_size: accepted and not needed.
         ignore_same_index: leave out row i of x for row i of y.
 
@@ -48,7 +48,7 @@ def radius(
     Raises:
         TypeError, ValueError: as `moeyard.radius`; more than three dimensions.
     """
-    _check.integer("max_num_neighbors", max_num_neighbors, minimum=0)
+    _check.integer("max_num_neighbors", max_num_neighbors, minimum=0, optional=True)
     _check.flag("ignore_same_index", ignore_same_index)
     points, centres = _in_space("x", x), _in_space("y", y)
     if _columns(x) != _columns(y):
@@ -65,7 +65,7 @@ def radius_graph(
     r: float,
     batch: Tensor | None = None,
     loop: bool = False,
-    max_num_neighbors: int = 32,
+    max_num_neighbors: int | None = 32,
     flow: str = "source_to_target",
     num_workers: int = 1,
     batch_size: int | None = None,
@@ -84,7 +84,7 @@ def radius_graph(
     Raises:
         TypeError, ValueError: as `moeyard.radius_graph`; more than three dimensions.
     """
-    _check.integer("max_num_neighbors", max_num_neighbors, minimum=0)
+    _check.integer("max_num_neighbors", max_num_neighbors, minimum=0, optional=True)
     graph: RadiusGraph = _radius_graph(_in_space("x", x), r, batch, loop=loop, flow=flow, geometry=False)
     centre = graph.edge_index[1 if flow == "source_to_target" else 0]
     return _first_by_index(graph.edge_index, centre, x.shape[0], max_num_neighbors)
@@ -103,8 +103,10 @@ def _columns(x: Tensor) -> int:
     return 1 if x.dim() == 1 else x.shape[1]
 
 
-def _first_by_index(edge_index: Tensor, centre: Tensor, centres: int, limit: int) -> Tensor:
+def _first_by_index(edge_index: Tensor, centre: Tensor, centres: int, limit: int | None) -> Tensor:
     """Keeps each centre's first `limit` edges; they are sorted by centre and neighbour."""
+    if limit is None:
+        return edge_index
     counts = torch.bincount(centre, minlength=centres)
     if counts.numel() == 0 or int(counts.max()) <= limit:
         return edge_index
