@@ -74,19 +74,9 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert list(page.sections) == [
         "summary", "loss", "experts", "metrics", "optimizer", "speed", "config", "environment", "files",
     ]  # fmt: skip
-    for word in (
-        "Steps",
-        "200",
-        "Loss",
-        "Validation",
-        "Throughput",
-        "atoms/s",
-        "Batch fill",
-        "Expert warnings",
-        "none",
-    ):
+    for word in ("Steps", "200", "Loss", "Validation", "atoms/s", "Batch fill", "Expert warnings", "none"):
         assert word in page.sections["summary"]
-    for chart in ("Loss", "Parts of the loss"):
+    for chart in ("Loss", "Parts of the loss", "Router losses"):
         assert chart in page.sections["loss"]
     assert "Accuracy" in page.sections["metrics"]
     assert "Learning rate" in page.sections["optimizer"]
@@ -334,9 +324,7 @@ class TestWriting:
         assert list(tmp_path.rglob("*.part")) == []
 
     def test_no_run(self, tmp_path: Path) -> None:
-        with pytest.raises(
-            UsageError, match=r"no run: expected metrics\.jsonl, run\.json or config\.json in it"
-        ):
+        with pytest.raises(UsageError, match=r"no run: expected metrics\.jsonl, run\.json or config\.json in it"):
             write_report(tmp_path)
         with pytest.raises(UsageError, match="which is not there"):
             write_report(tmp_path / "missing")

@@ -163,14 +163,25 @@ class TestCurves:
 
 class TestCharts:
     def test_every_metric_has_its_place(self) -> None:
-        names = ["loss", "val_loss", "loss_a", "val_loss_a", "b_loss", "learning_rate", "grad_norm", "atoms_per_second"]
-        names += ["step_seconds", "data_seconds", "batch_fill", "top_accuracy", "atoms", "all_null"]
+        names = [
+            "loss",
+            "val_loss",
+            "loss_a",
+            "val_loss_a",
+            "b_loss",
+            "loss_z",
+            "learning_rate",
+            "grad_norm",
+            "atoms_per_second",
+        ]
+        names += ["atoms_per_second", "step_seconds", "data_seconds", "batch_fill", "top_accuracy", "atoms", "all_null"]
         values = {name: None if name == "all_null" else 1.0 for name in names}
         drawn, left_out = charts(History.of([{"step": 1, "epoch": 0, **values}]))
         got = {(c.section, c.title): c.names for c in drawn}
         assert got == {
             ("loss", "Loss"): ("loss", "val_loss"),
             ("loss", "Parts of the loss"): ("loss_a", "val_loss_a", "b_loss"),
+            ("loss", "Router losses"): ("loss_z",),
             ("optimizer", "Learning rate"): ("learning_rate",),
             ("optimizer", "Gradient norm"): ("grad_norm",),
             ("speed", "Atoms per second"): ("atoms_per_second",),
@@ -194,7 +205,14 @@ class TestCharts:
         chart = Chart("speed", "Batch fill", ("batch_fill",), unit="%", scale=100.0, from_zero=True)
         data = chart_data(chart, history, 1000)
         curve = {"name": "batch_fill", "evaluation": False, "colour": 0, "x": [1, 2], "y": [50, 75]}
-        assert data == {"title": "Batch fill", "unit": "%", "zero": True, "log": False, "curves": [curve]}
+        assert data == {
+            "title": "Batch fill",
+            "unit": "%",
+            "zero": True,
+            "noisy": True,
+            "log": False,
+            "curves": [curve],
+        }
         assert spoken(chart, history) == "Batch fill, %: batch_fill goes from 50 to 75, lowest 50, highest 75."
 
     def test_log_axis_only_for_positive_values_that_span_much(self) -> None:

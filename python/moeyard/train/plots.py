@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 
+from moeyard.train.reporting.charts import is_router_loss
 from moeyard.train.reporting.history import Counts, Floats, History
 from moeyard.train.reporting.whole_file import whole_file
 
@@ -23,8 +25,10 @@ Records = Sequence[dict[str, Any]]
 
 #: What `draw` writes, as far as a run has the numbers for it.
 PLOTS = ("overview.png", "loss.png", "experts.png", "throughput.png")
-#: Inches; more domains or layers than fit are drawn smaller.
-MAX_WIDTH, MAX_HEIGHT = 28.0, 40.0
+#: Inches; more experts, layers or domains than fit are drawn smaller.
+MAX_WIDTH, MAX_HEIGHT, MAX_PANEL_HEIGHT = 28.0, 40.0, 4.0
+#: Where one share is this many times the even one, colours follow the root: the others would all be dark.
+SPREAD = 5
 
 
 def draw(run: History | Records, folder: Path, domains: Sequence[str]) -> list[Path]:
@@ -92,14 +96,17 @@ def plot_overview(run: History | Records, path: Path) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     _draw_loss(left, history)
     share = _shares(history.usage.late().sum(axis=1))
-    image = _draw_usage(right, share, float(share.max()))
+    image = _draw_usage(right, share, _scale([share]))
     right.set_title("Expert usage, % of slots")
     figure.colorbar(image, ax=right)
     _save(figure, path)
 
 
 def plot_loss(run: History | Records, path: Path) -> None:
-    """The loss and its parts over steps: raw in pale, smoothed in full colour; evaluations dashed."""
+    """The loss and its parts over steps: raw in pale, smoothed in full colour; evaluations dashed.
+
+    What keeps the router in order is on the page, but not here, where it would hide what is learned.
+    """
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     _draw_loss(figure.subplots(), _history(run))
     _save(figure, path)
@@ -107,6 +114,7 @@ def plot_loss(run: History | Records, path: Path) -> None:
 
 def _draw_loss(axes: Axes, history: History) -> None:
     names = [n for n in history.names if n in ("loss", "val_loss") or n.startswith("loss_")]
+    names = [name for name in names if not is_router_loss(name)]
     for name in (n for n in names if _has(history, n)):
         steps, values = history.series(name)
         if name == "val_loss":
@@ -145,17 +153,18 @@ def plot_experts(run: History | Records, path: Path, domains: Sequence[str]) -> 
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
     width = min(min(max(0.4 * experts, 2.6), 8.0) * columns + 1.2, MAX_WIDTH)
-    figure = Figure(figsize=(width, min((0.45 * layers + 0.9) * rows + 0.5, MAX_HEIGHT)), dpi=120, layout="constrained")
+    height = min((min(0.45 * layers, MAX_PANEL_HEIGHT) + 0.9) * rows + 0.5, MAX_HEIGHT)
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     shares = [_shares(counts) for _, counts in panels]
-    top = max(float(share.max()) for share in shares)
+    scale = _scale(shares)
     for axes, (title, _), share in zip(grid.flat, panels, shares, strict=False):
-        image = _draw_usage(axes, share, top)
+        image = _draw_usage(axes, share, scale)
         axes.set_title(title)
         axes.label_outer()
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
-    figure.colorbar(image, ax=grid, label="share of slots")
+    figure.colorbar(image, ax=grid, label="share of slots", shrink=1 / rows, anchor=(0.0, 1.0), pad=0.01)
     figure.suptitle("Expert usage, % of slots (last half of the run)")
     _save(figure, path)
 
@@ -166,17 +175,24 @@ def _shares(counts: Counts) -> NDArray[np.float64]:
     return shares
 
 
-def _draw_usage(axes: Axes, share: NDArray[np.float64], top: float) -> AxesImage:
+def _scale(shares: Sequence[NDArray[np.float64]]) -> Normalize:
+    """One colour scale for all; even usage looks calm, as it is never further up than the middle."""
+    even = 1 / shares[0].shape[1]
+    top = max(2 * even, *(float(share.max()) for share in shares))
+    return PowerNorm(0.5, 0.0, top) if top > SPREAD * even else Normalize(0.0, top)
+
+
+def _draw_usage(axes: Axes, share: NDArray[np.float64], scale: Normalize) -> AxesImage:
     layers, experts = share.shape
-    image = axes.imshow(share, vmin=0.0, vmax=top or 1.0, cmap="viridis", aspect="auto")
+    image = axes.imshow(share, norm=scale, cmap="viridis", aspect="auto")
     axes.set(xlabel="expert", ylabel="layer")
-    # Every layer and expert named, and its number in the cell, for as long as they can be read.
+    # Each layer and expert named, and its number in the cell, for as long as they can be read.
     if layers <= 16:
         axes.set_yticks(range(layers))
     if experts <= 16 and layers <= 16:
         axes.set_xticks(range(experts))
         for (layer, expert), value in np.ndenumerate(share):
-            colour = "black" if value > 0.6 * top else "white"
+            colour = "black" if scale(value) > 0.5 else "white"
             axes.text(expert, layer, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=7)
     return image
 

@@ -85,9 +85,11 @@ def _loss_line(run: RunFolder) -> list[str]:
     if len(series.steps) < 2:
         return []
     data = curve_data(series, 2 * SPARKS)
-    means = data.get("my", data["y"])
+    means = np.array([math.nan if m is None else m for m in data.get("my", data["y"])], dtype=np.float64)
+    if np.nanmin(means, initial=math.inf) > 0:
+        means = np.log(means)
     steps = f"steps {int(series.steps[0]):,} to {int(series.steps[-1]):,}"
-    return [f"  loss  {sparkline(np.array([math.nan if m is None else m for m in means]))}  {steps}"]
+    return [f"  loss  {sparkline(means)}  {steps}"]
 
 
 def sparkline(values: Floats, low: float | None = None) -> str:
@@ -117,5 +119,5 @@ def _expert_lines(layers: list[LayerUsage]) -> list[str]:
 
 def _grouped(shares: Floats) -> Floats:
     """At most `MOST_EXPERTS` values: of neighbours that share a character, the largest counts."""
-    groups = np.array_split(shares, min(len(shares), MOST_EXPERTS))
-    return np.array([group.max() for group in groups])
+    together = -(-len(shares) // MOST_EXPERTS)
+    return np.maximum.reduceat(shares, np.arange(0, len(shares), together))

@@ -35,6 +35,7 @@ class Chart:
     unit: str = ""
     scale: float = 1.0  # values are multiplied by it
     from_zero: bool = False
+    noisy: bool = True  # worth smoothing
     wide: bool = False
 
 
@@ -58,6 +59,11 @@ def _base(name: str) -> str:
     return name.removeprefix("val_").removeprefix("test_").removeprefix("train_")
 
 
+def is_router_loss(base: str) -> bool:
+    """Whether a part of the loss keeps the router in order instead of teaching the task."""
+    return not {"balance", "importance", "router", "z"}.isdisjoint(base.split("_"))
+
+
 def _groups(bases: list[str]) -> Iterable[tuple[str, list[str], dict[str, Any]]]:
     """(title, metrics, style) of every chart; each metric goes to the first rule that takes it."""
     percent = {"unit": "%", "scale": 100.0, "from_zero": True}
@@ -71,9 +77,10 @@ def _groups(bases: list[str]) -> Iterable[tuple[str, list[str], dict[str, Any]]]
 
     yield "Loss", take(b for b in bases if b == "loss"), {"section": "loss", "wide": True}
     parts = take(b for b in rest if b.startswith("loss_") or b.endswith("_loss"))
-    yield "Parts of the loss", parts, {"section": "loss", "wide": True}
+    yield "Parts of the loss", [b for b in parts if not is_router_loss(b)], {"section": "loss", "wide": True}
+    yield "Router losses", [b for b in parts if is_router_loss(b)], {"section": "loss", "wide": True}
     rates = take(b for b in rest if b.startswith(("learning_rate", "lr")))
-    yield "Learning rate", rates, {"section": "optimizer", "from_zero": True}
+    yield "Learning rate", rates, {"section": "optimizer", "from_zero": True, "noisy": False}
     yield "Gradient norm", take(b for b in rest if b.startswith("grad_norm")), {"section": "optimizer"}
     for base in take(b for b in rest if b.endswith("_per_second")):
         title = f"{base.removesuffix('_per_second').replace('_', ' ').capitalize()} per second"
@@ -99,7 +106,8 @@ def chart_data(chart: Chart, history: History, points: int) -> dict[str, Any]:
         scaled = Series(series.steps, series.values * chart.scale)
         curves.append({"name": name, "evaluation": evaluation, "colour": colour, **curve_data(scaled, points)})
     log = not chart.from_zero and any(_spans_decades(history.series(name).values) for name in chart.names)
-    return {"title": chart.title, "unit": chart.unit, "zero": chart.from_zero, "log": log, "curves": curves}
+    style = {"unit": chart.unit, "zero": chart.from_zero, "noisy": chart.noisy, "log": log}
+    return {"title": chart.title, **style, "curves": curves}
 
 
 def _spans_decades(values: Floats) -> bool:

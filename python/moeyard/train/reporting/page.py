@@ -23,6 +23,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-s
 SYMBOLS = {"good": "✓", "warn": "!", "bad": "✕", "plain": ""}
 TITLES = {"loss": "Loss", "optimizer": "Optimizer", "metrics": "Other metrics", "speed": "Speed"}
 MAX_DEPTH = 8
+MAX_OPEN = 30
 MAX_FILES = 200
 MAX_TEXT = 2000
 
@@ -100,7 +101,7 @@ def _navigation(sections: Mapping[str, str]) -> str:
     links = "".join(f"<a href='#{name}'>{titles[name]}</a>" for name, text in sections.items() if text)
     slider = (
         "<label class='smoothing'>Smoothing <input id='smoothing' type='range' min='0' max='20' step='1' value='5'>"
-        "<output id='smoothed' for='smoothing'>5 %</output></label>"
+        "<output id='smoothed' for='smoothing'>5%</output></label>"
     )
     return f"<nav aria-label='Sections'>{links}{slider}</nav>"
 
@@ -147,9 +148,12 @@ def _tree(tree: Mapping[str, Any], depth: int = 0) -> str:
     folds = ((key, value) for key, value in tree.items() if _nests(value, depth))
     shown = table(rows((key, _text(value)) for key, value in plain.items())) if plain else ""
     return shown + "".join(
-        details(f"{escape(key)} <span class='note'>{len(value)}</span>", _tree(value, depth + 1), opened=depth == 0)
-        for key, value in folds
+        details(_counted(key, value), _tree(value, depth + 1), opened=len(value) <= MAX_OPEN) for key, value in folds
     )
+
+
+def _counted(key: str, value: Mapping[str, Any]) -> str:
+    return f"{escape(key)} <span class='note'>{len(value)}</span>"
 
 
 def _nests(value: Any, depth: int) -> bool:

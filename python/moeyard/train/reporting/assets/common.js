@@ -36,16 +36,18 @@ function tickText(value) {
   return size >= 1000 ? WHOLE.format(value) : String(Number(value.toPrecision(6)));
 }
 
-const percentText = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`;
+const percentText = (share) => `${(100 * share).toFixed(share > 0 && share < 0.001 ? 2 : 1)}%`;
 
-// 1, 2 or 5 times a power of ten, at or above `rough`.
-function niceStep(rough) {
+// 1, 2, 2.5 or 5 times a power of ten, at or above `rough`; whole numbers have no 2.5.
+function niceStep(rough, factors = [1, 2, 2.5, 5, 10]) {
   const power = 10 ** Math.floor(Math.log10(rough));
-  return power * [1, 2, 5, 10].find((factor) => factor * power >= rough * (1 - 1e-9));
+  return power * factors.find((factor) => factor * power >= rough * (1 - 1e-9));
 }
 
-function linearTicks(low, high, count) {
-  const step = niceStep((high - low) / count);
+const wholeStep = (rough) => niceStep(Math.max(rough, 1), [1, 2, 5, 10]);
+
+function linearTicks(low, high, count, round = niceStep) {
+  const step = round((high - low) / count);
   const ticks = [];
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + 1e-9 * step; i++) ticks.push(i * step);
   return ticks;
@@ -54,7 +56,8 @@ function linearTicks(low, high, count) {
 function logTicks(low, high) {
   const from = Math.floor(Math.log10(low));
   const to = Math.ceil(Math.log10(high));
-  const factors = to - from > 3 ? [1] : [1, 2, 5];
+  const decades = Math.log10(high / low);
+  const factors = decades > 3 ? [1] : decades > 1.2 ? [1, 2, 5] : [1, 1.5, 2, 3, 5, 7];
   const every = Math.ceil((to - from) / 8);
   const ticks = [];
   for (let power = from; power <= to; power += every)
@@ -64,6 +67,11 @@ function logTicks(low, high) {
     }
   return ticks.length > 1 ? ticks : linearTicks(low, high, 4).filter((tick) => tick > 0);
 }
+
+// How wide a text is in the pictures, in pixels.
+const pen = document.createElement("canvas").getContext("2d");
+pen.font = `12px ${getComputedStyle(document.body).fontFamily}`;
+const widest = (texts) => Math.max(0, ...texts.map((text) => pen.measureText(text).width));
 
 // The position in a rising list that is nearest to `value`.
 function nearest(list, value) {

@@ -5,7 +5,8 @@ const MARGIN = { top: 10, right: 14, bottom: 26 };
 const charts = [];
 const smoothing = document.getElementById("smoothing");
 
-// Centred running mean over `span` values, of those that are there; over fewer at both ends.
+// Running mean over `span` values, of those that are there. It looks ahead less at the start, so that a steep start is not
+// smoothed away.
 function smoothed(values, span) {
   if (span <= 1) return values;
   const sums = [0];
@@ -17,7 +18,7 @@ function smoothed(values, span) {
   const half = span >> 1;
   return values.map((_, i) => {
     const low = Math.max(i - half, 0);
-    const high = Math.min(i + half + 1, values.length);
+    const high = Math.min(i + Math.min(half, i + (half >> 2)) + 1, values.length);
     const count = counts[high] - counts[low];
     return count ? (sums[high] - sums[low]) / count : null;
   });
@@ -74,8 +75,8 @@ class Chart {
   smooth() {
     const percent = Number(smoothing.value);
     for (const curve of this.curves) {
-      // A handful of evaluations are results, not noise.
-      const span = curve.evaluation ? 1 : Math.round((percent / 100) * curve.my.length);
+      // A handful of evaluations are results, not noise; so is what a schedule sets.
+      const span = curve.evaluation || !this.spec.noisy ? 1 : Math.round((percent / 100) * curve.my.length);
       curve.smooth = smoothed(curve.my, span);
       curve.pale = span > 1;
     }
@@ -105,7 +106,7 @@ class Chart {
     const [low, high] = this.range();
     const ticks = this.log ? logTicks(low, high) : linearTicks(low, high, Math.max(2, Math.floor(height / 45)));
     const labels = ticks.map(tickText);
-    const left = 14 + 6.7 * Math.max(1, ...labels.map((label) => label.length));
+    const left = 10 + Math.max(widest(labels), widest(["step"]));
     const right = width - MARGIN.right;
     const bottom = height - MARGIN.bottom;
     const bend = this.log ? Math.log10 : (value) => value;
@@ -127,8 +128,8 @@ class Chart {
       group.append(make("path", { d: `M${left} ${y}H${right}`, class: "grid-line" }));
       group.append(make("text", { x: left - 6, y, dy: "0.32em", "text-anchor": "end" }, labels[i]));
     });
-    const steps = data.first === data.last ? [data.first] : linearTicks(first, last, Math.max(2, (right - left) / 90));
-    for (const step of steps.filter(Number.isInteger)) {
+    const steps = data.first === data.last ? [data.first] : linearTicks(first, last, Math.max(2, (right - left) / 90), wholeStep);
+    for (const step of steps) {
       const x = this.toX(step);
       // The outermost numbers stay inside the picture.
       const anchor = x > right - 20 ? "end" : "middle";
@@ -150,7 +151,7 @@ class Chart {
       group.append(make("path", { d: this.path(x, y), class: curve.evaluation ? "line evaluation" : "line" }));
       if (curve.evaluation ? x.length <= 100 : x.length === 1)
         x.forEach((step, i) => {
-          if (this.drawable(y[i])) group.append(make("circle", { cx: this.toX(step), cy: this.toY(y[i]), r: 3, class: "dot" }));
+          if (this.drawable(y[i])) group.append(make("circle", { cx: this.toX(step), cy: this.toY(y[i]), r: x.length > 30 ? 2 : 3, class: "dot" }));
         });
       for (const step of curve.bad ?? []) {
         const mark = make("path", { d: `M${this.toX(step).toFixed(1)} 1l4 7h-8z`, class: "broken" });
@@ -236,7 +237,7 @@ for (const figure of document.querySelectorAll("figure.chart")) charts.push(new 
 for (const chart of charts) chart.draw();
 
 smoothing.addEventListener("input", () => {
-  document.getElementById("smoothed").textContent = `${smoothing.value} %`;
+  document.getElementById("smoothed").textContent = `${smoothing.value}%`;
   for (const chart of charts) {
     chart.smooth();
     chart.draw();

@@ -1,6 +1,9 @@
 "use strict";
 // Heat maps: one pixel per cell, scaled up; the same colours in light and dark. No tokens: hatched.
 
+// A few cells far above the rest leave the others room on the scale: there the colour follows the root of the share.
+const SPREAD = 5;
+
 // Dark blue over green to yellow, rising evenly in lightness: also without colour vision, also in grey print.
 const COLOURS = [[68, 1, 84], [65, 68, 135], [42, 120, 142], [34, 168, 132], [122, 209, 81], [253, 231, 37]];
 
@@ -79,11 +82,13 @@ class HeatMap {
     const { map } = this;
     const names = Array.from({ length: map.rows }, (_, row) => map.rowName(row));
     const most = Math.min(130, room / 3);
-    const left = Math.min(most, 8 + 6.4 * Math.max(map.columnTitle.length, ...names.map((name) => name.length)));
-    const least = map.columns > 1000 ? 1 : map.columns > 256 ? 3 : 5;
+    const left = Math.min(most, 8 + widest([map.columnTitle, ...names]));
+    const least = map.columns > 1000 ? 1 : map.columns > 256 ? 3 : 4;
     const width = Math.min(Math.max((room - left - 10) / map.columns, least), 64);
     const height = this.rowHeight();
-    this.box = { left, width, height, right: left + width * map.columns, bottom: height * map.rows };
+    // Labels of low rows stand out above the first one.
+    const top = 4;
+    this.box = { left, top, width, height, right: left + width * map.columns, bottom: top + height * map.rows };
     const size = { width: Math.ceil(this.box.right + 10), height: this.box.bottom + 20 };
     this.svg.setAttribute("viewBox", `0 0 ${size.width} ${size.height}`);
     Object.assign(this.svg.style, { width: `${size.width}px`, height: `${size.height}px` });
@@ -97,7 +102,7 @@ class HeatMap {
   }
 
   cells() {
-    const { left, right, bottom, width, height } = this.box;
+    const { left, top, right, bottom, width, height } = this.box;
     const { rows, columns, share } = this.map;
     const canvas = Object.assign(document.createElement("canvas"), { width: columns, height: rows });
     const context = canvas.getContext("2d");
@@ -106,41 +111,41 @@ class HeatMap {
     for (let row = 0; row < rows; row++)
       for (let column = 0; column < columns; column++) {
         const part = share(row, column);
-        if (part > 0) pixels.data.set([...colourOf(part / this.top), 255], 4 * (row * columns + column));
+        if (part > 0) pixels.data.set([...colourOf(this.bend(part)), 255], 4 * (row * columns + column));
         if (width >= 27 && height >= 16) numbers.push(this.number(row, column, part));
       }
     context.putImageData(pixels, 0, 0);
-    const place = { x: left, y: 0, width: right - left, height: bottom };
+    const place = { x: left, y: top, width: right - left, height: bottom - top };
     const image = make("image", { ...place, href: canvas.toDataURL(), preserveAspectRatio: "none", class: "pixels" });
     const parts = [make("rect", { ...place, fill: "url(#hatch)" }), image];
     // Thin gaps make single cells countable, while they are large enough to have some.
-    if (width >= 7 && height >= 7) {
+    if (width >= 12 && height >= 12) {
       let lines = "";
-      for (let row = 1; row < rows; row++) lines += `M${left} ${row * height}H${right}`;
-      for (let column = 1; column < columns; column++) lines += `M${(left + column * width).toFixed(1)} 0V${bottom}`;
+      for (let row = 1; row < rows; row++) lines += `M${left} ${top + row * height}H${right}`;
+      for (let column = 1; column < columns; column++) lines += `M${(left + column * width).toFixed(1)} ${top}V${bottom}`;
       parts.push(make("path", { d: lines, class: "gaps" }));
     }
     return [...parts, ...numbers];
   }
 
   number(row, column, part) {
-    const { left, width, height } = this.box;
-    const text = part > 0 && part < 0.0095 ? "<1" : String(Math.round(100 * part));
-    const style = part === 0 ? "cell none" : part > 0.55 * this.top ? "cell bright" : "cell";
-    return make("text", { x: left + (column + 0.5) * width, y: (row + 0.5) * height, dy: "0.33em", class: style }, text);
+    const { left, top, width, height } = this.box;
+    const text = part === 0 ? "0" : part < 0.0005 ? "<.1" : (100 * part).toFixed(part < 0.0995 ? 1 : 0);
+    const style = part === 0 ? "cell none" : this.bend(part) > 0.42 ? "cell bright" : "cell";
+    return make("text", { x: left + (column + 0.5) * width, y: top + (row + 0.5) * height, dy: "0.33em", class: style }, text);
   }
 
   labels(names) {
-    const { left, width, height, bottom } = this.box;
+    const { left, top, width, height, bottom } = this.box;
     const { columns, columnName, columnTitle, columnRoom } = this.map;
-    const everyRow = height >= 11 ? 1 : niceStep(12 / height);
-    const everyColumn = width >= columnRoom ? 1 : niceStep(columnRoom / width);
-    const fits = Math.floor((left - 8) / 6.2);
+    const everyRow = height >= 11 ? 1 : wholeStep(12 / height);
+    const everyColumn = width >= columnRoom ? 1 : wholeStep(columnRoom / width);
     const labels = [make("text", { x: left - 6, y: bottom + 14, class: "end" }, columnTitle)];
     names.forEach((name, row) => {
       if (row % everyRow) return;
-      const short = name.length > fits ? `${name.slice(0, fits - 1)}…` : name;
-      const label = make("text", { x: left - 6, y: (row + 0.5) * height, dy: "0.33em", class: "end" }, short);
+      let short = name;
+      while (short.length > 2 && widest([short]) > left - 8) short = `${short.slice(0, -2)}…`;
+      const label = make("text", { x: left - 6, y: top + (row + 0.5) * height, dy: "0.33em", class: "end" }, short);
       if (short !== name) label.append(make("title", {}, name));
       labels.push(label);
     });
@@ -150,9 +155,9 @@ class HeatMap {
   }
 
   read(row, column) {
-    const { left, width, height } = this.box;
+    const { left, top, width, height } = this.box;
     this.cell = [row, column];
-    const [x, y] = [left + column * width, row * height];
+    const [x, y] = [left + column * width, top + row * height];
     for (const [name, value] of Object.entries({ x, y, visibility: "visible" })) this.frame.setAttribute(name, value);
     showTip(this.svg, x + width / 2, y, this.map.title(row, column), this.map.lines(row, column));
   }
@@ -166,7 +171,7 @@ class HeatMap {
     const cellAt = (event) => {
       const box = this.svg.getBoundingClientRect();
       const column = Math.floor((event.clientX - box.left - this.box.left) / this.box.width);
-      const row = Math.floor((event.clientY - box.top) / this.box.height);
+      const row = Math.floor((event.clientY - box.top - this.box.top) / this.box.height);
       return row >= 0 && row < this.map.rows && column >= 0 && column < this.map.columns ? [row, column] : null;
     };
     const follow = (event) => {
@@ -191,25 +196,31 @@ class HeatMap {
 }
 
 // One scale per kind of map, so that maps can be compared.
-function drawScale(place, top, even) {
+function drawScale(place, top, even, bend) {
   const bar = make("svg", { viewBox: "0 0 220 30", class: "bar", role: "img", "aria-label": `Colours: 0 to ${percentText(top)} of the slots` });
   const gradient = make("linearGradient", { id: `scale-${place.dataset.scale}` });
   COLOURS.forEach((colour, i) => gradient.append(make("stop", { offset: i / (COLOURS.length - 1), "stop-color": `rgb(${colour})` })));
   bar.append(gradient, make("rect", { x: 10, y: 2, width: 200, height: 10, fill: `url(#scale-${place.dataset.scale})` }));
   bar.append(make("text", { x: 10, y: 26, class: "middle" }, "0"));
   bar.append(make("text", { x: 210, y: 26, class: "end" }, percentText(top)));
-  const x = 10 + (200 * even) / top;
-  // Left out where it would run into the numbers at the ends.
-  if (x > 60 && x < 130) bar.append(make("path", { d: `M${x} 0V14`, class: "hair" }), make("text", { x, y: 26, class: "middle" }, `even: ${percentText(even)}`));
-  place.replaceChildren(bar, ...(x > 60 && x < 130 ? [] : [`even share: ${percentText(even)}`]));
+  const x = 10 + 200 * bend(even);
+  bar.append(make("path", { d: `M${x} 0V15`, class: "even" }));
+  // Beside the bar where it would run into the numbers at the ends.
+  const inside = x > 54 && x < 132;
+  if (inside) bar.append(make("text", { x, y: 26, class: "middle" }, `even ${percentText(even)}`));
+  const notes = [...(inside ? [] : [`mark: even share, ${percentText(even)}`]), ...(top > SPREAD * even ? ["root scale"] : [])];
+  place.replaceChildren(bar, notes.join("; "));
 }
 
 const maps = [...document.querySelectorAll("figure.map")].map((figure) => new HeatMap(figure));
 for (const place of document.querySelectorAll(".scale")) {
   const alike = maps.filter((map) => map.kind === place.dataset.scale);
-  const top = Math.max(...alike.map((map) => largestShare(map.map))) || 1;
-  for (const map of alike) map.top = top;
-  drawScale(place, top, 1 / data.usage.slots[0][0].length);
+  const even = 1 / data.usage.slots[0][0].length;
+  // Even usage looks calm: it is never further up than the middle.
+  const top = Math.max(2 * even, ...alike.map((map) => largestShare(map.map)));
+  const bend = (share) => (top > SPREAD * even ? Math.sqrt(share / top) : share / top);
+  for (const map of alike) map.bend = bend;
+  drawScale(place, top, even, bend);
 }
 
 // Maps far below are drawn when they come near, so that a page with many opens at once.
