@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("typer", reason="needs moeyard[cli]")
 pytest.importorskip("matplotlib", reason="needs moeyard[train]")
 
+from cli.test_cli import in_process, without
 from moeyard.cli import main, report_command
 from moeyard.train import report
 from train.runs import write_run
@@ -60,3 +61,8 @@ def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert main(["report", "structures/1a2b3c4d"]) == 1
     error = capsys.readouterr().err
     assert error == "moeyard: cannot write into runs/structures/1a2b3c4d: No space left on device\n"
+
+
+def test_a_report_needs_no_trainer() -> None:
+    result = in_process(["report", "structures/1a2b3c4d"], without("lightning", "tensorboard", "safetensors"))
+    assert result.returncode == 0, result.stderr

@@ -14,6 +14,7 @@ pytest.importorskip("matplotlib", reason="needs moeyard[train]")
 
 from moeyard.train import report
 from moeyard.train.report import UsageError, find_run, summary_lines, write_report
+from moeyard.train.reporting.page import render
 from moeyard.train.reporting.run_folder import read_run
 from moeyard.train.reporting.verdicts import alarms, layer_usage, verdicts
 from train.runs import write_run
@@ -24,9 +25,9 @@ VOID = {"meta", "input", "br", "hr", "img", "link"}
 class Page(HTMLParser):
     """The elements of a page, the text of each section, and whether every tag is closed in its order."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, source: str) -> None:
         super().__init__()
-        self.source = path.read_text(encoding="utf-8")
+        self.source = source
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.sections: dict[str, str] = {}
         self._open: list[str] = []
@@ -65,12 +66,17 @@ class Page(HTMLParser):
 
 
 def page_of(folder: Path) -> Page:
-    return Page(write_report(folder))
+    """The page alone; the plots take longer than all the rest."""
+    return Page(render(read_run(folder)))
+
+
+def report_of(folder: Path) -> Page:
+    return Page(write_report(folder).read_text(encoding="utf-8"))
 
 
 def test_a_whole_run(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "runs/structures/1a2b3c4d", 200, evaluate_every=50)
-    page = page_of(folder)
+    page = report_of(folder)
     assert list(page.sections) == [
         "summary", "loss", "experts", "metrics", "optimizer", "speed", "config", "environment", "files",
     ]  # fmt: skip
@@ -97,7 +103,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
 
 
 def test_the_page_stands_alone_and_can_be_read_aloud(tmp_path: Path) -> None:
-    page = page_of(write_run(tmp_path, 30))
+    page = report_of(write_run(tmp_path, 30))
     # No address of anything outside: no script, style, font or picture can come from there.
     assert "//" not in "".join(str(v) for _, a in page.tags for v in a.values())
     assert "http:" not in page.source
@@ -155,7 +161,7 @@ class TestRunsWithLittleToTell:
 
     def test_no_step(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text('{"a": 1}')
-        page = page_of(tmp_path)
+        page = report_of(tmp_path)
         assert "No loss was recorded." in page.sections["loss"]
         assert "No expert usage was recorded." in page.sections["experts"]
         assert not (tmp_path / "plots").exists()
@@ -163,7 +169,7 @@ class TestRunsWithLittleToTell:
 
     def test_only_metrics(self, tmp_path: Path) -> None:
         (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
-        page = page_of(tmp_path)
+        page = report_of(tmp_path)
         assert "2.5" in page.sections["summary"]
         assert "No configuration was recorded." in page.sections["config"]
         assert (tmp_path / "plots" / "loss.png").exists()
@@ -171,7 +177,7 @@ class TestRunsWithLittleToTell:
 
     @pytest.mark.parametrize("steps", [0, 1, 2])
     def test_few_steps(self, tmp_path: Path, steps: int) -> None:
-        page = page_of(write_run(tmp_path, steps, info={"status": "running"}))
+        page = report_of(write_run(tmp_path, steps, info={"status": "running"}))
         assert f"Steps{steps}" in page.sections["summary"].replace("\n", "")
         assert len(summary_lines(tmp_path)) >= 2
 
@@ -186,7 +192,7 @@ class TestRunsWithLittleToTell:
     def test_nothing_finite(self, tmp_path: Path) -> None:
         lines = [{"step": s, "loss": None, "val_loss": None, "experts": [[[0, 0]]]} for s in range(1, 30)]
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        page = page_of(tmp_path)
+        page = report_of(tmp_path)
         assert "not finite at 29 steps, first at 1" in page.sections["summary"]
         assert "no tokens" in page.sections["experts"]
 
@@ -227,12 +233,12 @@ class TestRunsWithLittleToTell:
         (tmp_path / "run.json").unlink()
         (tmp_path / "config.json").write_text(json.dumps({"options": {"top_k": 2}, "versions": {"torch": "2.13.0"}}))
         (tmp_path / "summary.json").write_text(json.dumps({"interrupted": True, "warnings": ["layer 0: odd"]}))
-        (tmp_path / "overview.png").write_bytes(b"old")
-        page = page_of(tmp_path)
+        (tmp_path / "loss.png").write_bytes(b"old")
+        page = report_of(tmp_path)
         assert "interrupted" in page.sections["summary"]
         assert "layer 0: odd" in page.sections["environment"]
         assert "torch" not in page.sections["config"]
-        assert (tmp_path / "loss.png").exists(), "its plots stay where they were"
+        assert (tmp_path / "loss.png").stat().st_size > 10_000, "its plots stay where they were"
         assert not (tmp_path / "plots").exists()
         assert read_run(tmp_path).experts_per_token == 2
 
@@ -348,15 +354,15 @@ def test_ten_thousand_steps(tmp_path: Path) -> None:
     page = write_report(folder)
     assert time.perf_counter() - started < 20
     assert page.stat().st_size < 3_000_000
-    data = json.loads(Page(page).data)
+    data = json.loads(Page(page.read_text()).data)
     assert all(len(curve["x"]) <= 1000 for chart in data["charts"] for curve in chart["curves"])
     assert len(data["usage"]["time"]["first"]) <= 60
 
 
 def test_many_experts_layers_and_domains(tmp_path: Path) -> None:
-    page = write_report(write_run(tmp_path, 300, layers=24, domains=12, experts=100))
-    assert page.stat().st_size < 3_000_000
-    usage = json.loads(Page(page).data)["usage"]
+    page = page_of(write_run(tmp_path, 300, layers=24, domains=12, experts=100))
+    assert len(page.source) < 3_000_000
+    usage = json.loads(page.data)["usage"]
     assert (len(usage["slots"]), len(usage["slots"][0]), len(usage["slots"][0][0])) == (24, 12, 100)
 
 

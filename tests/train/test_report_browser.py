@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("matplotlib", reason="needs moeyard[train]")
-
-from moeyard.train.report import write_report
+from moeyard.train.reporting.page import render
+from moeyard.train.reporting.run_folder import read_run
 from train.runs import write_run
 from train.test_report import write_hostile_run
 
@@ -19,6 +18,13 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 BROWSER = next((path for name in NAMES if (path := shutil.which(name))), None)
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"no browser: none of {', '.join(NAMES)} is on PATH")
+
+
+def page_of(folder: Path) -> Path:
+    """The page alone; the plots take longer than all the rest."""
+    page = folder / "report.html"
+    page.write_text(render(read_run(folder)), encoding="utf-8")
+    return page
 
 
 def opened(page: Path, profile: Path) -> str:
@@ -47,14 +53,16 @@ def with_script(page: Path, script: str) -> Path:
 
 
 def test_ten_thousand_steps_are_drawn_within_a_second(tmp_path: Path) -> None:
-    page = write_report(write_run(tmp_path / "run", 10_000, layers=4, domains=12, experts=32, evaluate_every=200))
+    page = page_of(write_run(tmp_path / "run", 10_000, layers=4, domains=12, experts=32, evaluate_every=200))
+    times: list[float] = []
     # The best of three: the machine may be busy with something else.
-    times = [drawn_ms(opened(page, tmp_path / "profile")) for _ in range(3)]
+    while len(times) < 3 and not (times and min(times) < 1000):
+        times.append(drawn_ms(opened(page, tmp_path / "profile")))
     assert min(times) < 1000, times
 
 
 def test_curves_and_maps_are_there(tmp_path: Path) -> None:
-    page = opened(write_report(write_run(tmp_path / "run", 200, evaluate_every=50)), tmp_path / "profile")
+    page = opened(page_of(write_run(tmp_path / "run", 200, evaluate_every=50)), tmp_path / "profile")
     charts = re.findall(r'<figure class="chart.*?</figure>', page, re.DOTALL)
     assert len(charts) == 10
     for chart in charts:
@@ -67,15 +75,15 @@ def test_curves_and_maps_are_there(tmp_path: Path) -> None:
 
 def test_markup_in_a_run_does_nothing(tmp_path: Path) -> None:
     write_hostile_run(tmp_path / "run")
-    page = opened(write_report(tmp_path / "run"), tmp_path / "profile")
+    page = opened(page_of(tmp_path / "run"), tmp_path / "profile")
     assert "<title>owned" not in page
     assert "<img" not in page
     drawn_ms(page)
 
 
-@pytest.mark.parametrize("steps", [0, 1, 2])
+@pytest.mark.parametrize("steps", [0, 1])
 def test_few_steps(tmp_path: Path, steps: int) -> None:
-    page = opened(write_report(write_run(tmp_path / "run", steps)), tmp_path / "profile")
+    page = opened(page_of(write_run(tmp_path / "run", steps)), tmp_path / "profile")
     drawn_ms(page)
     assert "NaN" not in re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
 
@@ -93,7 +101,7 @@ const press = (element, key) => element.dispatchEvent(new KeyboardEvent("keydown
 
 def test_paper_shows_everything(tmp_path: Path) -> None:
     """Maps far below and in folds are drawn late on a screen; on paper they must be there."""
-    page = write_report(write_run(tmp_path / "run", 100, layers=14, domains=3, experts=4))
+    page = page_of(write_run(tmp_path / "run", 100, layers=14, domains=3, experts=4))
     counts = """const count = (what) => document.querySelectorAll(what).length;
         const before = count("image"); dispatchEvent(new Event("beforeprint"));
         return [before < 32, count("image"), count("figure.map"), count("details:not([open])")];"""
@@ -101,7 +109,7 @@ def test_paper_shows_everything(tmp_path: Path) -> None:
 
 
 def test_controls(tmp_path: Path) -> None:
-    page = write_report(write_run(tmp_path / "run", 100, layers=2, domains=1, experts=4))
+    page = page_of(write_run(tmp_path / "run", 100, layers=2, domains=1, experts=4))
 
     def result(script: str) -> str:
         return result_of(page, KEYS + script, tmp_path / "profile")

@@ -5,7 +5,7 @@ Figures are made directly, not through pyplot: nothing global is touched and no 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ from moeyard.train.reporting.whole_file import whole_file
 
 Records = Sequence[dict[str, Any]]
 
-#: What `draw` writes, as far as a run has the numbers for it.
-PLOTS = ("overview.png", "loss.png", "experts.png", "throughput.png")
 #: Inches; more experts, layers or domains than fit are drawn smaller.
 MAX_WIDTH, MAX_HEIGHT, MAX_PANEL_HEIGHT = 28.0, 40.0, 4.0
+#: Series colours after Okabe and Ito, told apart without full colour vision too.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a4fa3", "#5f6670")
 #: Where one share is this many times the even one, colours follow the root: the others would all be dark.
 SPREAD = 5
 
@@ -43,26 +43,21 @@ def draw(run: History | Records, folder: Path, domains: Sequence[str]) -> list[P
         The paths written.
     """
     history = _history(run)
-    wanted = {
-        "overview.png": "loss" in history and history.usage.records,
-        "loss.png": "loss" in history,
-        "experts.png": history.usage.records,
-        "throughput.png": any(_has(history, name) for name in _SPEED) or _rates(history),
+    speed = any(_has(history, name) for name in ("batch_fill", "step_seconds", "data_seconds")) or bool(_rates(history))
+    loss, usage = "loss" in history, history.usage.records > 0
+    plots: dict[str, tuple[bool, Callable[[Path], None]]] = {
+        "overview.png": (loss and usage, lambda path: plot_overview(history, path)),
+        "loss.png": (loss, lambda path: plot_loss(history, path)),
+        "experts.png": (usage, lambda path: plot_experts(history, path, domains)),
+        "throughput.png": (speed, lambda path: plot_throughput(history, path)),
     }
-    written = []
-    for name in PLOTS:
-        if not wanted[name]:
-            (folder / name).unlink(missing_ok=True)
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        if name == "experts.png":
-            plot_experts(history, folder / name, domains)
+    for name, (wanted, plot) in plots.items():
+        if wanted:
+            folder.mkdir(parents=True, exist_ok=True)
+            plot(folder / name)
         else:
-            {"overview.png": plot_overview, "loss.png": plot_loss, "throughput.png": plot_throughput}[name](
-                history, folder / name
-            )
-        written.append(folder / name)
-    return written
+            (folder / name).unlink(missing_ok=True)
+    return [folder / name for name, (wanted, _) in plots.items() if wanted]
 
 
 def smoothed(values: Floats, span: int) -> Floats:
@@ -115,6 +110,7 @@ def plot_loss(run: History | Records, path: Path) -> None:
 def _draw_loss(axes: Axes, history: History) -> None:
     names = [n for n in history.names if n in ("loss", "val_loss") or n.startswith("loss_")]
     names = [name for name in names if not is_router_loss(name)]
+    axes.set_prop_cycle(color=COLOURS)
     for name in (n for n in names if _has(history, n)):
         steps, values = history.series(name)
         if name == "val_loss":
@@ -192,12 +188,9 @@ def _draw_usage(axes: Axes, share: NDArray[np.float64], scale: Normalize) -> Axe
     if experts <= 16 and layers <= 16:
         axes.set_xticks(range(experts))
         for (layer, expert), value in np.ndenumerate(share):
-            colour = "black" if scale(value) > 0.5 else "white"
+            colour = "black" if scale(value) > 0.42 else "white"
             axes.text(expert, layer, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=7)
     return image
-
-
-_SPEED = ("batch_fill", "step_seconds", "data_seconds")
 
 
 def _rates(history: History) -> list[str]:
@@ -211,9 +204,9 @@ def plot_throughput(run: History | Records, path: Path) -> None:
     rates, fill, seconds = figure.subplots(3, 1, sharex=True)
     _draw_rates(rates, history)
     steps, values = history.series("batch_fill")
-    fill.plot(steps, 100 * values, color="C2", linewidth=1.0)
+    fill.plot(steps, 100 * values, color=COLOURS[2], linewidth=1.0)
     fill.set(ylabel="batch fill, %", ylim=(0, 105))
-    for name, colour, label in (("step_seconds", "C3", "step"), ("data_seconds", "C4", "waiting for data")):
+    for name, colour, label in (("step_seconds", COLOURS[0], "step"), ("data_seconds", COLOURS[1], "waiting for data")):
         if _has(history, name):
             steps, values = history.series(name)
             seconds.plot(steps, 1e3 * values, color=colour, linewidth=1.0, label=label)
@@ -230,7 +223,7 @@ def _draw_rates(axes: Axes, history: History) -> None:
     """The two highest rates, each with an axis of its own."""
     axes.set_title("Throughput and batch fill")
     rates = sorted(_rates(history), key=lambda name: -float(np.nanmedian(history.series(name).values)))
-    for name, style, colour, side in zip(rates, ("-", "--"), ("C0", "C1"), (axes, None), strict=False):
+    for name, style, colour, side in zip(rates, ("-", "--"), COLOURS, (axes, None), strict=False):
         side = side or axes.twinx()
         steps, values = history.series(name)
         side.plot(steps, smoothed(values, _span(values)), style, color=colour)

@@ -53,7 +53,7 @@ def write_report(folder: Path | RunFolder) -> Path:
 
 def plots_folder(folder: Path) -> Path:
     """Where a run's plots lie: in `plots/`, or in the folder itself where they are there already."""
-    return folder if (folder / plots.PLOTS[0]).is_file() else folder / "plots"
+    return folder if (folder / "loss.png").is_file() else folder / "plots"
 
 
 def summary_lines(folder: Path | RunFolder) -> list[str]:
