@@ -238,7 +238,7 @@ class TestRunsWithLittleToTell:
         assert "interrupted" in page.sections["summary"]
         assert "layer 0: odd" in page.sections["environment"]
         assert "torch" not in page.sections["config"]
-        assert (tmp_path / "loss.png").stat().st_size > 10_000, "its plots stay where they were"
+        assert (tmp_path / "loss.png").read_bytes() == b"old", "the plots that it drew itself stay as they are"
         assert not (tmp_path / "plots").exists()
         assert read_run(tmp_path).experts_per_token == 2
 

@@ -44,16 +44,13 @@ def write_report(folder: Path | RunFolder) -> Path:
     Determinism: the same files give the same page.
     """
     run = folder if isinstance(folder, RunFolder) else read_run(folder)
-    plots.draw(run.history, plots_folder(run.path), run.domains)
+    # A run that drew its plots beside its metrics keeps them: it may know more than its files, such as domain names.
+    if not (run.path / "loss.png").is_file():
+        plots.draw(run.history, run.path / "plots", run.domains)
     page = run.path / "report.html"
     with whole_file(page) as part:
         part.write_text(render(run), encoding="utf-8")
     return page
-
-
-def plots_folder(folder: Path) -> Path:
-    """Where a run's plots lie: in `plots/`, or in the folder itself where they are there already."""
-    return folder if (folder / "loss.png").is_file() else folder / "plots"
 
 
 def summary_lines(folder: Path | RunFolder) -> list[str]:
