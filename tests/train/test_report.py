@@ -130,7 +130,10 @@ def test_the_same_files_give_the_same_page(tmp_path: Path) -> None:
     assert write_report(tmp_path).read_bytes() == write_report(tmp_path).read_bytes()
 
 
-HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">'\"&<!--"
+# Ends a script, brings its own, breaks out of attributes, and opens what a script's end does not close.
+HOSTILE = (
+    "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">'\"&<!--<script >"
+)
 
 
 def test_nothing_from_a_file_becomes_markup(tmp_path: Path) -> None:
