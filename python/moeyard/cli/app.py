@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import moeyard
-from moeyard.cli import report
+from moeyard.cli import report, report_command
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +38,9 @@ EXTRA_OF = {
     "rdkit": "structures",
     "pyarrow": "structures",
 }
+
+
+report_command.register(app)
 
 
 def run(arguments: list[str]) -> int:
