@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeyard.nn.losses import num_tokens, switch_load_balancing
+from moeyard.nn import squared_deviation, switch_load_balancing
 from moeyard.ops import Gating, _check, permute_tokens, plan_permutation, topk_gating, unpermute_tokens
 
 __all__ = ["FusionMoE", "MoELayer", "SparseGatingNetwork"]
@@ -117,18 +117,14 @@ class MoELayer(nn.Module):
 
         Args:
             weight: factor.
-            kind: "squared_deviation", the mean over experts of (mean weight - 1/E)^2, zero when balanced: only chosen
-                experts have a gradient, so it cannot revive a dead one. "switch": `moeyard.nn.switch_load_balancing`,
-                1 when balanced, which can.
+            kind: "squared_deviation" (`moeyard.nn.squared_deviation`), 0 when balanced, which cannot revive a dead
+                expert, or "switch" (`moeyard.nn.switch_load_balancing`), 1 when balanced, which can.
         """
         _check.option("kind", kind, _BALANCE)
         gating = self.last_gating
         if gating is None:
             return torch.zeros(())
-        if kind == "switch":
-            return weight * switch_load_balancing(gating)
-        mean = gating.weight_sum / num_tokens(gating)
-        return weight * (mean - 1.0 / self.num_experts).square().mean()
+        return weight * (switch_load_balancing if kind == "switch" else squared_deviation)(gating)
 
 
 class FusionMoE(nn.Module):

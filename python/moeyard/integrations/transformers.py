@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moeyard.nn.expert_ffn import expert_ffn
+from moeyard.nn import expert_ffn
 from moeyard.ops import permute_tokens, plan_permutation, topk_gating, unpermute_tokens
 
 __all__ = ["experts_forward", "register", "use_moeyard_gate"]
