@@ -11,13 +11,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+LAYERS = (ROOT / "python" / "moeyard" / "nn" / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
 
 
-@pytest.mark.parametrize("code", blocks("python"), ids=lambda c: c.strip().splitlines()[-1][:40])
+@pytest.mark.parametrize(
+    "code", [*blocks("python"), *blocks("python", LAYERS)], ids=lambda c: c.strip().splitlines()[-1][:40]
+)
 def test_snippet_runs(code: str, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr
@@ -75,7 +78,16 @@ def test_file_map_is_complete() -> None:
     assert rooms <= named
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "DESIGN.md", "python/moeyard/ops/README.md"])
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "DESIGN.md",
+    "docs/integrations.md",
+    *(f"python/moeyard/{room}/README.md" for room in ("nn", "ops")),
+]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_relative_links_lead_somewhere(document: str) -> None:
     path = ROOT / document
     for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
