@@ -48,13 +48,13 @@ void tile(int64_t depth, const Left& a, const float* panel, float* c, int64_t c_
   }
 }
 
-/// C[rows, columns] (+)= A[rows, depth] panel[depth, 32], columns <= 32.
+/// C[rows, columns] (+)= A[rows, depth] panel[depth, 32], columns <= 32; depth 0 counts as zeros.
 inline void product(int64_t rows, int64_t depth, const Left& a, const float* panel, float* c, int64_t c_row,
                     int64_t columns, bool add) {
   using Tile = void (*)(int64_t, const Left&, const float*, float*, int64_t, __mmask16, __mmask16, bool);
   static constexpr Tile kTiles[] = {tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>, tile<7>, tile<8>};
   const __mmask16 low = first_lanes(columns), high = first_lanes(columns - 16);
-  for (int64_t k = 0; k < depth; k += kDepth) {
+  for (int64_t k = 0; k == 0 || k < depth; k += kDepth) {
     const int64_t deep = std::min(kDepth, depth - k);
     for (int64_t i = 0; i < rows; i += kTile) {
       const Left part{a.data + i * a.row + k * a.step, a.row, a.step};

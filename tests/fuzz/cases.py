@@ -16,6 +16,8 @@ from torch import Tensor
 import moeyard
 from fuzz import invariants
 from fuzz.hostile import COPIED, FLOATS, INTS, Hostile
+from moeyard._native import cpu
+from moeyard.ops.expert_ffn import expert_ffn as ops_expert_ffn
 
 Arguments = dict[str, Any]
 _NAN, _INF = float("nan"), float("inf")
@@ -135,6 +137,33 @@ def unpermute_tokens(h: Hostile) -> Arguments:
         "plan": plan,
         "weights": h.floats(list(plan.row_of_slot.shape), h.pick(*FLOATS)) if weighted else None,
     }
+
+
+def _ffn(h: Hostile) -> Arguments:
+    """In float32: other dtypes are torch's products."""
+    dim, hidden, experts = h.pick(8, 0, 1, 3, 16, 33, 64), h.pick(8, 0, 1, 7, 32, 40), h.pick(3, 1, 2, 8)
+    activation = h.pick("swiglu", "relu")
+    rows = h.size(20, 300)
+    return {
+        "x": h.floats([rows, dim], torch.float32),
+        "up": h.floats([experts, dim, (2 if activation == "swiglu" else 1) * hidden], torch.float32),
+        "down": h.floats([experts, hidden, dim], torch.float32),
+        "offsets": h.sorted_cuts(max(rows - h.pick(0, 0, 1, 5), 0), experts)[1:],
+        "activation": activation,
+    }
+
+
+def expert_ffn(h: Hostile) -> Arguments:
+    return _ffn(h) | {"recompute": h.pick(False, True)}
+
+
+def expert_ffn_backward(h: Hostile) -> Arguments:
+    arguments = _ffn(h)
+    x, up = arguments["x"], arguments["up"]
+    kept = h.floats([x.shape[0], up.shape[2]], torch.float32) if h.number(0, 1) else x.new_empty(0)
+    named = {"grad": h.floats(list(x.shape), torch.float32), **arguments, "hidden": kept}
+    order = ("grad", "x", "up", "down", "hidden", "offsets", "activation")
+    return {name: named[name] for name in order} | {"for_x": h.pick(True, False), "for_weights": h.pick(True, False)}
 
 
 def _moved_backward(h: Hostile, permuting: bool) -> Arguments:
@@ -368,3 +397,6 @@ CASES = {
     "gather_segments": Case(moeyard.gather_segments, gather_segments, invariants.gather_segments, ("values",)),
     **{name: Case(_native(name), arguments, public=False) for name, arguments in _BACKWARD.items()},
 }
+if cpu.expert_ffn_preferred():  # elsewhere these are torch's products
+    CASES["expert_ffn"] = Case(ops_expert_ffn, expert_ffn, invariants.expert_ffn, ("x", "up", "down"))
+    CASES["expert_ffn_backward"] = Case(_native("expert_ffn_backward"), expert_ffn_backward, public=False)

@@ -194,3 +194,9 @@ def gather_segments(out: Segments, a: Arguments) -> None:
         gathered = (gathered.long() + add).to(values.dtype)
     assert same_bits(out.values[: len(rows)], gathered)
     assert same_bits(out.values[len(rows) :], torch.zeros_like(out.values[len(rows) :]))
+
+
+def expert_ffn(out: Tensor, a: Arguments) -> None:
+    x, offsets = a["x"], a["offsets"]
+    assert out.shape == x.shape
+    assert not out.detach()[int(offsets[-1]) if len(offsets) else 0 :].any()

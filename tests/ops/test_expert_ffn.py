@@ -162,6 +162,7 @@ def test_opcheck() -> None:
             r"up: expected shape \[2, 7, 10\], got \[2, 6, 10\]",
         ),
         ({"down": torch.zeros(2, 5, 6)}, TypeError, "down: expected dtype float64, got float32"),
+        ({"down": torch.zeros(2, 5, 7).double()}, ValueError, r"down: expected shape \[2, 5, 6\], got \[2, 5, 7\]"),
         ({"up": torch.zeros(6, 10, dtype=torch.float64)}, ValueError, r"up: expected shape \[E, H, P\*I\]"),
         ({"activation": "tanh"}, ValueError, "activation: expected one of 'swiglu', 'gelu', 'relu', got 'tanh'"),
         ({"x": None}, TypeError, "x: expected a torch.Tensor, got NoneType"),
@@ -186,7 +187,9 @@ def on_native(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
     module = sys.modules["moeyard.ops.expert_ffn"]
     taken = module._problem
-    monkeypatch.setattr(module, "_takes_native", lambda x, a: x.dtype == torch.float32 and a in ("swiglu", "relu"))
+    monkeypatch.setattr(
+        module, "_takes_native", lambda x, u, d, a: x.dtype == torch.float32 and a in ("swiglu", "relu")
+    )
     monkeypatch.setattr(module, "_problem", lambda *a: calls.append("native") or taken(*a))
     return calls
 
@@ -198,6 +201,9 @@ def compare_with_float64(
     exact = [t.detach().double().requires_grad_() for t in leaves]
     y = expert_ffn(*leaves, offsets, activation, recompute=recompute)
     want = expert_ffn_reference(*exact, offsets, activation)
+    if not want.requires_grad:  # not one expert
+        assert not y.any()
+        return
     seed = torch.randn(y.shape)
     got = [y, *torch.autograd.grad(y, leaves, seed)]
     expected = [want, *torch.autograd.grad(want, exact, seed.double())]
@@ -237,6 +243,28 @@ def test_native_products_of_many_rows(counts: list[int], on_native: list[str]) -
     torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@native
+@pytest.mark.parametrize(("rows", "experts", "dim", "hidden"), [(0, 2, 4, 3), (3, 2, 4, 0), (3, 2, 0, 3), (3, 0, 4, 3)])
+def test_native_products_of_nothing(rows: int, experts: int, dim: int, hidden: int, on_native: list[str]) -> None:
+    offsets = torch.full((experts,), rows)
+    for activation in ("swiglu", "relu"):
+        shapes = (rows, dim), (experts, dim, PARTS[activation] * hidden), (experts, hidden, dim)
+        compare_with_float64(*(torch.randn(s) for s in shapes), offsets, activation, False)
+
+
+@native
+def test_native_backward_checks_what_it_reads(on_native: list[str]) -> None:
+    x, up, down, offsets = torch.ones(5, 4), torch.ones(2, 4, 6), torch.ones(2, 3, 4), torch.tensor([2, 5])
+    backward = torch.ops.moeyard.expert_ffn_backward
+    for grad, hidden, message in (
+        (torch.ones(4, 4), torch.ones(5, 6), r"grad: expected shape \[5, 4\], got \[4, 4\]"),
+        (torch.ones(5, 4), torch.ones(5, 5), r"hidden: expected shape \[5, 6\], got \[5, 5\]"),
+        (torch.ones(5, 4), torch.ones(1), r"hidden: expected shape \[5, 6\], got \[1\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            backward(grad, x, up, down, hidden, offsets, "swiglu", True, True)
 
 
 @native

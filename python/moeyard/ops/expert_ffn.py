@@ -64,7 +64,9 @@ def expert_ffn(
     Determinism: that of torch's matrix products. Autocast: runs in the autocast dtype. Gradient: any order.
     Source: Shazeer 2020, "GLU variants improve Transformer" (arXiv:2002.05202).
     """
-    _check.tensor("x", x)
+    for name, value in (("x", x), ("up", up), ("down", down)):
+        _check.tensor(name, value)
+    _check.flag("recompute", recompute)
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -102,8 +104,20 @@ def _validate(x: Tensor, up: Tensor, down: Tensor, offsets: Tensor, activation: 
         _check.dtype(name, weight, (x.dtype,))
     experts, hidden = down.shape[:2]
     _check.shape("up", up, [experts, x.shape[1], PARTS[activation] * hidden])
+    _check.shape("down", down, [experts, hidden, x.shape[1]])
     _check.dtype("offsets", offsets, (torch.int32, torch.int64))
     _check.shape("offsets", offsets, [experts])
+
+
+def _validate_backward(
+    grad: Tensor, x: Tensor, up: Tensor, down: Tensor, hidden: Tensor, offsets: Tensor, activation: str
+) -> None:
+    _validate(x, up, down, offsets, activation)
+    for name, value, width in (("grad", grad, x.shape[1]), ("hidden", hidden, up.shape[2])):
+        _check.dtype(name, value, (x.dtype,))
+        # No hidden features were kept: they are computed again.
+        if name == "grad" or value.dim() != 1 or value.shape[0] != 0:
+            _check.shape(name, value, [x.shape[0], width])
 
 
 def _blocks(offsets: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
@@ -145,8 +159,11 @@ def _activate_backward(hidden: Tensor, activation: str, grad: Tensor, out: Tenso
         _aten.threshold_backward.grad_input(grad, hidden, 0, grad_input=grad_hidden)
 
 
-def _takes_native(x: Tensor, activation: str) -> bool:
-    return x.dtype == torch.float32 and activation in ("swiglu", "relu") and _native.cpu.expert_ffn_preferred()
+def _takes_native(x: Tensor, up: Tensor, down: Tensor, activation: str) -> bool:
+    # Sixteen strides must fit into 32 bits: the kernels gather.
+    near = all(stride < 2**27 for weights in (up, down) for stride in weights.stride()[1:])
+    known = x.dtype == torch.float32 and activation in ("swiglu", "relu")
+    return known and near and _native.cpu.expert_ffn_preferred()
 
 
 def _problem(x: Tensor, up: Tensor, down: Tensor, offsets: Tensor, activation: str) -> Any:
@@ -162,7 +179,7 @@ def _cpu(
     x: Tensor, up: Tensor, down: Tensor, offsets: Tensor, activation: str, keep_hidden: bool
 ) -> tuple[Tensor, Tensor]:
     _validate(x, up, down, offsets, activation)
-    if not _takes_native(x, activation):
+    if not _takes_native(x, up, down, activation):
         return _loop(x, up, down, offsets, activation, keep_hidden)
     x, offsets = x.contiguous(), offsets.contiguous()
     y = x.new_empty(x.shape[0], down.shape[2])
@@ -202,16 +219,16 @@ def _backward_cpu(
     for_x: bool,
     for_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _validate(x, up, down, offsets, activation)
+    _validate_backward(grad, x, up, down, hidden, offsets, activation)
     arguments = (x, up, down, hidden, offsets, activation, for_x, for_weights)
-    if not _takes_native(x, activation):
+    if not _takes_native(x, up, down, activation):
         return _loop_backward(grad, *arguments)
-    x, grad, offsets = x.contiguous(), grad.contiguous(), offsets.contiguous()
+    x, grad, hidden, offsets = x.contiguous(), grad.contiguous(), hidden.contiguous(), offsets.contiguous()
     nothing = x.new_empty(0)
     grad_x = torch.empty_like(x) if for_x else nothing
     grad_up, grad_down = (w.new_empty(w.shape) if for_weights else nothing for w in (up, down))
     problem = _problem(x, up, down, offsets, activation)
-    kept = hidden.data_ptr() if hidden.numel() else 0
+    kept = hidden.data_ptr() if hidden.dim() == 2 else 0
     to_x, to_up, to_down = (g.data_ptr() if g.numel() else 0 for g in (grad_x, grad_up, grad_down))
     _native.cpu.expert_ffn_backward(problem, grad.data_ptr(), kept, to_x, to_up, to_down, torch.get_num_threads())
     return grad_x, grad_up, grad_down
@@ -238,7 +255,7 @@ def _loop_backward(
     for e, part in _blocks(offsets, rows):
         done, size = part.stop, part.stop - part.start
         a, da, dh = active[:size], grad_active[:size], grad_hidden[:size]
-        h = hidden[part] if hidden.numel() else torch.mm(x[part], up[e], out=recomputed[:size])
+        h = hidden[part] if hidden.dim() == 2 else torch.mm(x[part], up[e], out=recomputed[:size])
         torch.mm(grad[part], down[e].t(), out=da)
         _activate_backward(h, activation, da, a, dh)
         if for_weights:
@@ -301,11 +318,12 @@ def _backward_cuda(
     for_x: bool,
     for_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _validate_backward(grad, x, up, down, hidden, offsets, activation)
     arguments = (x, up, down, hidden, offsets, activation, for_x, for_weights)
     if not _takes_grouped_mm(x, up, down):
         return _loop_backward(grad, *arguments)
     stops, x, grad = offsets.int(), x.contiguous(), grad.contiguous()  # a gradient of stride 0 is refused
-    hidden = hidden if hidden.numel() else _grouped_mm(x, up, stops)
+    hidden = hidden if hidden.dim() == 2 else _grouped_mm(x, up, stops)
     grad_active = _grouped_mm(grad, down.transpose(1, 2), stops)
     active, grad_hidden = torch.empty_like(grad_active), torch.empty_like(hidden)
     _activate_backward(hidden, activation, grad_active, active, grad_hidden)
@@ -343,6 +361,7 @@ def _backward_fake(
     for_x: bool,
     for_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _validate_backward(grad, x, up, down, hidden, offsets, activation)
     nothing = x.new_empty(0)
     weights = (up.new_empty(up.shape), down.new_empty(down.shape)) if for_weights else (nothing, nothing)
     return torch.empty_like(x) if for_x else nothing, *weights
