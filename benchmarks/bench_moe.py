@@ -175,7 +175,7 @@ def threads_of(case: str) -> int:
 
 @cases(*THREADS)
 def bench_against_experts(suite: Suite, case: str) -> None:
-    tokens, threads, moe = suite.size(8192, 4096), threads_of(case), layer()
+    tokens, threads, moe = suite.size(8192, 1024), threads_of(case), layer()
     row = named(f"MoE forward+backward, T={tokens} H={H} I={I} E={E} k={K}", threads)
     peers = [
         Peer("transformers Mixtral, eager experts", mixtral(moe, "eager"), same_step, ">= 1.15 x"),
@@ -189,7 +189,7 @@ def bench_against_experts(suite: Suite, case: str) -> None:
 
 @cases(*THREADS)
 def bench_against_dense(suite: Suite, case: str) -> None:
-    tokens, threads = suite.size(8192, 4096), threads_of(case)
+    tokens, threads = suite.size(8192, 1024), threads_of(case)
     # The "at most 1.15 times its time", as a ratio.
     peers = [Peer("a dense layer of equal active size", dense(K * I), None, f">= {1 / 1.15:.4f} x")]
     suite.compare(named(f"MoE forward+backward, T={tokens} E={E} k={K}", threads), batch(tokens), ours(layer()), peers,
@@ -198,7 +198,7 @@ def bench_against_dense(suite: Suite, case: str) -> None:
 
 @cases(*THREADS)
 def bench_forced(suite: Suite, case: str) -> None:
-    tokens, threads = suite.size(8192, 4096), threads_of(case)
+    tokens, threads = suite.size(8192, 1024), threads_of(case)
     for what, one_expert in (("a random expert each", False), ("one expert for all", True)):
         peers = [Peer("the dense layer of one expert", dense(I), None, f">= {1 / 1.05:.4f} x")]
         row = named(f"forced routing forward+backward, T={tokens}, {what}", threads)
