@@ -96,15 +96,24 @@ class StructuresDemo:
 
     def open_data(self, config: Any, progress: Progress | None = None) -> StructuresDemoData:
         folder = config.data.folder
+        stage = "structures embedded" if folder is None else "files read"
+
+        def tell(done: int, total: int, what: str) -> None:
+            # The name of the stage, not of each molecule or file.
+            if progress is not None:
+                progress(done, total, stage)
+
         if folder is None:
-            table, skipped = embed_molecules(progress=progress, seed=config.seed)
+            table, skipped = embed_molecules(progress=tell, seed=config.seed)
         elif not Path(folder).exists():
             raise FileNotFoundError(f"data.folder: expected a folder of structure files; {folder} does not exist")
         else:
-            table, skipped = read_structures(folder, progress=progress)
+            table, skipped = read_structures(folder, progress=tell)
         if len(table) == 0:
             first = f"; the first of {len(skipped)} skipped: {': '.join(skipped[0])}" if skipped else ""
-            raise ValueError(f"data.folder: no readable PDB, mmCIF or SDF structure in {folder}{first}")
+            raise ValueError(
+                f"data.folder: no readable PDB, mmCIF or SDF structure in {folder or 'the embedded list'}{first}"
+            )
         return StructuresDemoData(
             table,
             max_atoms_per_batch=config.data.max_atoms_per_batch,

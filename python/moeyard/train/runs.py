@@ -220,16 +220,17 @@ def _names(runs: Sequence[Run]) -> str:
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     """The settings in which runs differ: dotted path -> one value per run, None where a run has no such setting."""
-    flat = [dict(_flat(run.config)) for run in runs]
+    flat = [dict(flat(run.config)) for run in runs]
     paths = dict.fromkeys(path for table in flat for path in table)
     rows = {path: [table.get(path) for table in flat] for path in paths}
     return {path: row for path, row in rows.items() if any(value != row[0] for value in row)}
 
 
-def _flat(table: dict[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
+def flat(table: dict[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings with their dotted paths."""
     for key, value in table.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{at}{key}.")
+            yield from flat(value, f"{at}{key}.")
         else:
             yield f"{at}{key}", value
 

@@ -125,9 +125,10 @@ def fit(
 
 def _check(config: TrainConfig, data: Data, processes: Processes) -> None:
     if config.accumulate % processes.count:
+        next_multiple = -(-config.accumulate // processes.count) * processes.count
         raise UsageError(
             f"accumulate: expected a multiple of the {processes.count} processes, which share the batches of a step, "
-            f"got {config.accumulate}; --set accumulate={processes.count * config.accumulate}"
+            f"got {config.accumulate}; --set accumulate={next_multiple}"
         )
     if data.evaluation_batches:
         return
