@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -57,6 +58,20 @@ def test_processes_share_the_batches(processes: int) -> None:
     assert [share[i] for i in range(10 // processes) for share in shares] == WANT
     late = list(RepeatedEpochs(Epochs(), 10, rank=1, processes=2, first=4, position=(1, 1)))
     assert late == WANT[5::2]
+
+
+@pytest.mark.parametrize("processes", [2, 5])
+def test_every_process_knows_where_all_are(processes: int) -> None:
+    """An epoch may end within a step, after this process's batch of it."""
+    for first in range(0, 10 + 1, processes):
+        for rank in range(processes):
+            begun = RepeatedEpochs(Epochs(), 10, rank=rank, processes=processes)
+            list(itertools.islice(iter(begun), first // processes))
+            assert [begun.position(n)[0] for n in range(first)] == [epoch for epoch, _ in WANT[:first]]
+            rest = RepeatedEpochs(
+                Epochs(), 10, rank=rank, processes=processes, first=first, position=begun.position(first)
+            )
+            assert list(rest) == WANT[first + rank :: processes]
 
 
 def test_real_sampler_in_the_middle_of_an_epoch() -> None:

@@ -212,6 +212,7 @@ def last_step(folder: Path) -> int:
         pytest.param(20, ("max_steps=200",), marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.timeout(400)
 def test_killed_at_random_moments(tmp_path: Path, kills: int, more: tuple[str, ...]) -> None:
     whole = run(tmp_path / "whole", *more)
     killed = kill_at_random(tmp_path / "killed", kills, *more)

@@ -54,19 +54,24 @@ class RepeatedEpochs(Sampler[list[int]]):
         return self.steps // self.processes
 
     def position(self, batch: int) -> tuple[int, int]:
-        """(epoch, batches of this epoch before it) of a batch that has been given, counted over all processes."""
+        """(epoch, batches of this epoch before it) of a batch that has been given or is next, counted over all."""
         begin, epoch = self._epochs[bisect.bisect_right(self._epochs, (batch, 2**62)) - 1]
         return epoch, batch - begin
 
     def __iter__(self) -> Iterator[list[int]]:
+        batches = self._all()
+        # A step's batches of all processes at once: each process then knows of every epoch that a step has reached.
+        for together in zip(*[batches] * self.processes, strict=True):
+            yield together[self.rank]
+
+    def _all(self) -> Iterator[list[int]]:
         (begin, epoch), given = self._epochs[0], self.first
         self._epochs = [(begin, epoch)]
         while given < self.steps:
             self.sampler.set_epoch(epoch)
             # Plain lists of ids: passing over those before `first` loads nothing.
             for batch in itertools.islice(iter(self.sampler), given - begin, None):
-                if given % self.processes == self.rank:
-                    yield batch
+                yield batch
                 given += 1
                 if given == self.steps:
                     return

@@ -220,9 +220,9 @@ def _names(runs: Sequence[Run]) -> str:
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     """The settings in which runs differ: dotted path -> one value per run, None where a run has no such setting."""
-    flat = [dict(flat(run.config)) for run in runs]
-    paths = dict.fromkeys(path for table in flat for path in table)
-    rows = {path: [table.get(path) for table in flat] for path in paths}
+    tables = [dict(flat(run.config)) for run in runs]
+    paths = dict.fromkeys(path for table in tables for path in table)
+    rows = {path: [table.get(path) for table in tables] for path in paths}
     return {path: row for path, row in rows.items() if any(value != row[0] for value in row)}
 
 
