@@ -93,20 +93,25 @@ class TensorBoard:
 
     def __init__(self, folder: Path, step: int = 0) -> None:
         # Slow to import, and nothing else needs it.
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from torch.utils.tensorboard import FileWriter
 
+        self._summary = Summary
         with clear_disk_errors(str(folder)):
-            self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+            self._writer = FileWriter(str(folder))
+        if step:
+            self._writer.add_event(Event(session_log=SessionLog(status=SessionLog.START)), step + 1)
 
     def write(self, record: Record) -> None:
-        step = record["step"]
-        for name, value in record.items():
-            if isinstance(value, int | float) and name != "step":
-                self._writer.add_scalar(name, value, step)
+        values = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
         for layer, domains in enumerate(record.get("experts", ())):
             slots = [sum(column) for column in zip(*domains, strict=True)]
-            for expert, share in enumerate(slots):
-                self._writer.add_scalar(f"experts/layer{layer}/{expert}", share / max(sum(slots), 1), step)
+            total = max(sum(slots), 1)
+            values |= {f"experts/layer{layer}/{expert}": count / total for expert, count in enumerate(slots)}
+        # One event for all: an event each costs more than the step of a small model.
+        made = [self._summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self._writer.add_summary(self._summary(value=made), record["step"])
 
     def close(self) -> None:
         self._writer.close()
