@@ -169,7 +169,7 @@ def _checked(path: Path, entry: Mapping[str, Any]) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UsageError(f"{path}: cannot be read: {error.strerror}; --restart trains anew") from None
     digest = hashlib.sha256(data).hexdigest()
     if len(data) != entry["bytes"] or digest != entry["sha256"]:
         raise UsageError(

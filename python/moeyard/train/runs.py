@@ -120,7 +120,10 @@ class Run:
 
     def clear(self) -> None:
         """Removes everything but the lock: the run starts anew."""
-        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+        paths = list(self.folder.iterdir()) if self.folder.is_dir() else []
+        # Should this be cut short: no run.json that says finished, and no checkpoint whose metrics are gone.
+        order = {"run.json": 0, "checkpoints": 1}
+        for path in sorted(paths, key=lambda path: order.get(path.name, 2)):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             elif path.name != _LOCK:
