@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("lightning", reason="needs moeyard[train]")
 
+from moeyard.train.errors import UsageError
 from moeyard.train.metrics import CollapseAlarm, MetricsFile, PlainProgress, TensorBoard, cut_metrics, read_metrics
 
 
@@ -41,6 +42,13 @@ def test_metrics_are_cut_back_to_a_step(tmp_path: Path) -> None:
     assert path.read_text() == "".join(lines[:5])
     cut_metrics(path, 0)
     assert path.read_text() == ""
+
+
+def test_a_line_that_is_no_record_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"loss": 1}\n')
+    with pytest.raises(UsageError, match=r"metrics.jsonl:2: expected a record with a step, got '\{\"loss\": 1\}"):
+        read_metrics(path)
 
 
 def test_collapse_alarm_warns_once() -> None:

@@ -13,13 +13,14 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from moeyard.nn import collapse_warnings
+from moeyard.train.errors import UsageError
 from moeyard.train.files import clear_disk_errors, write_text
 
 Record = dict[str, Any]
@@ -66,21 +67,30 @@ def _finite(value: Any) -> Any:
 
 def read_metrics(path: Path) -> list[Record]:
     """The records of a `metrics.jsonl`; a last line cut off by a crash is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            records.append(json.loads(line))
-    return records
+    return [record for _, record in _lines(path)]
 
 
 def cut_metrics(path: Path, step: int) -> None:
     """Takes a `metrics.jsonl` back to `step`: later lines go, and a half one."""
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as file:
-        kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
+    kept = [line for line, record in _lines(path) if record["step"] <= step]
     with clear_disk_errors(str(path)):
         write_text(path, "".join(kept))
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Record]]:
+    """Whole lines and what they say."""
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                return
+            try:
+                record = json.loads(line)
+                record["step"]
+            except (ValueError, TypeError, KeyError):
+                raise UsageError(f"{path}:{number}: expected a record with a step, got {line[:40]!r}") from None
+            yield line, record
 
 
 class TensorBoard:
