@@ -62,8 +62,8 @@ def show(
         info, last, config = run.info, last_numbers(run), dict(flat(run.config))
         status = run.status
     facts = {"status": status, "steps": info.get("steps"), "best": _best(info)}
-    facts |= {name: info[name] for name in ("started", "ended", "error") if info.get(name)}
-    facts |= {**info.get("versions", {}), **info.get("machine", {})}
+    facts |= {name: info[name] for name in ("started", "ended", "error", "machine") if info.get(name)}
+    facts |= info.get("versions", {})
     for title, rows in ((f"{run.system}/{run.signature}", facts), ("last numbers", last), ("settings", config)):
         table = Table(title=title, show_header=False)
         table.add_column(style="bold")

@@ -252,14 +252,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def machine() -> dict[str, Any]:
-    """Where a run happened."""
-    return {
-        "host": socket.gethostname(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
+def machine() -> str:
+    """Where a run happened, in words."""
+    threads = torch.get_num_threads()
+    return (
+        f"{socket.gethostname()}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores, {threads} threads"
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
