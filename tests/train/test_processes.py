@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,10 +17,11 @@ pytest.importorskip("lightning", reason="needs moeyard[train]")
 pytest.importorskip("typer", reason="needs moeyard[cli]")
 
 import moeyard
+from moeyard.train.checkpoint import Checkpoints
 from moeyard.train.errors import UsageError
 from moeyard.train.processes import Processes
 from moeyard.train.runs import RunStore
-from moeyard.train.trainer import fit
+from moeyard.train.trainer import count_batches, fit
 from train.toy import SMALL, curve, run, settings, toy
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
@@ -86,6 +88,23 @@ def test_interrupted_together_and_finished_by_one(tmp_path: Path) -> None:
     again = run(tmp_path / "several", "max_steps=300")
     assert again.status == "finished"
     same_curve(run(tmp_path / "one", "max_steps=300").folder, again.folder)
+
+
+def test_a_checkpoint_of_two_processes_counts_the_batches_of_one(tmp_path: Path) -> None:
+    """A step is two batches here, of which each of two processes had one: an odd number of steps shows it."""
+    torch.set_num_threads(1)
+    whole = run(tmp_path / "whole", "max_steps=7")
+    part = run(tmp_path / "parts", "max_steps=7", "checkpoint_every=3", seconds=1e-9)
+    assert part.steps == 1
+    kept = Checkpoints(part.folder / "checkpoints", system="tokens-demo", signature=part.folder.name)
+    state = kept.load(kept.latest() or tmp_path)
+    as_written = {**state, "loops": json.loads(json.dumps(state["loops"]))}
+    count_batches(state, 1)
+    assert state["loops"] != as_written["loops"]
+    kept.save(state, 1)
+    assert curve(run(tmp_path / "parts", "max_steps=7").folder) == curve(whole.folder)
+    count_batches(state, 2)
+    assert state["loops"] == as_written["loops"]
 
 
 def test_processes_that_cannot_share_a_step(tmp_path: Path) -> None:

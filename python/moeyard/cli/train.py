@@ -76,7 +76,7 @@ def _tell(console: Console, result: TrainResult) -> None:
     say(f"{result.status} after {result.steps:,} steps{why}")
     if result.best is not None:
         say(f"best {result.best['name']} {result.best['value']:.4f} at step {result.best['step']:,}")
-    say(f"written to {result.folder}/")
+    say(f"written to {result.folder}/" + (f", the report to {result.report}" if result.report else ""))
 
 
 def evaluate(

@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
+from torch.utils.data import DataLoader
 
 from moeyard.train.callbacks import StepEnd, Stop
 from moeyard.train.checkpoint import Checkpoints
@@ -82,17 +83,11 @@ def fit(
     place = checkpoints.latest() if checkpoints is not None else None
     state = checkpoints.load(place) if checkpoints is not None and place is not None else {}
     step = int(state.get("global_step", 0))
+    if step:
+        count_batches(state, step * config.accumulate // processes.count)
     if processes.first:
         cut_metrics(folder / "metrics.jsonl", step)
-    batches = RepeatedEpochs(
-        data.training_batches,
-        config.max_steps * config.accumulate,
-        rank=processes.rank,
-        processes=processes.count,
-        first=step * config.accumulate,
-        position=tuple(state.get("position", (0, 0))),
-    )
-    judge, stop = Judge(config), Stop(seconds)
+    batches, judge, stop = _batches(config, data, processes, state), Judge(config), Stop(seconds)
     k: Any = model.experts_per_token
     alarm = CollapseAlarm(k, warn=lambda line: write(f"warning: {line}"))
     sinks: list[Sink] = []
@@ -107,13 +102,7 @@ def fit(
         with stop, torch.random.fork_rng(devices=[]), _quiet_lightning():
             bar = [_Bar()] if terminal and processes.first else []
             trainer = _trainer(config, [end, *bar], _Io(checkpoints, state), processes)
-            loader = data.loader(
-                batches,
-                num_workers=config.workers,
-                worker_init_fn=leave_ending_to_the_main_process,
-                generator=torch.Generator().manual_seed(config.seed),
-            )
-            _run(trainer, module, loader, place, stop)
+            _run(trainer, module, _loader(config, data, batches), place, stop)
         steps = max(trainer.global_step, step)
     finally:
         for sink in sinks:
@@ -121,6 +110,37 @@ def fit(
     if module.ema is not None:
         model.load_state_dict(module.evaluated_model().state_dict())
     return FitResult(steps, time.perf_counter() - started, stop.reason, judge.best, alarm.warnings)
+
+
+def count_batches(state: dict[str, Any], done: int) -> None:
+    """Tells Lightning how many batches this process has behind it: it keeps that number in its checkpoints, but another
+    number of processes may have written them."""
+    progress = state["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for count in (progress["current"], progress["total"]):
+        # As at the end of a batch, where checkpoints are taken.
+        count.update(ready=done, started=done, processed=done, completed=done - 1)
+
+
+def _batches(config: TrainConfig, data: Data, processes: Processes, state: dict[str, Any]) -> RepeatedEpochs:
+    """This process's batches, from where the checkpoint's `state` was taken."""
+    return RepeatedEpochs(
+        data.training_batches,
+        config.max_steps * config.accumulate,
+        rank=processes.rank,
+        processes=processes.count,
+        first=int(state.get("global_step", 0)) * config.accumulate,
+        position=tuple(state.get("position", (0, 0))),
+    )
+
+
+def _loader(config: TrainConfig, data: Data, batches: RepeatedEpochs) -> DataLoader[Any]:
+    return data.loader(
+        batches,
+        num_workers=config.workers,
+        worker_init_fn=leave_ending_to_the_main_process,
+        # Its own generator: a loader reads one when it starts.
+        generator=torch.Generator().manual_seed(config.seed),
+    )
 
 
 def _check(config: TrainConfig, data: Data, processes: Processes) -> None:
