@@ -18,9 +18,11 @@ pytest.importorskip("matplotlib", reason="needs moeyard[train]")
 
 from moeyard.data.structures import embed_molecules, molecule_list, peptide_list
 from moeyard.train import demo
-from moeyard.train.callbacks import read_metrics
-from moeyard.train.demo import DemoOptions, DemoSummary, Progress, UsageError, run_demo
+from moeyard.train.demo import DemoOptions, DemoSummary, run_demo
+from moeyard.train.errors import UsageError
+from moeyard.train.metrics import read_metrics
 from moeyard.train.plots import smoothed
+from moeyard.train.system import Progress
 from train.tiny import tiny_table
 
 

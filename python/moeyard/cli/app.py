@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import moeyard
-from moeyard.cli import report, report_command
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from moeyard.cli import report, report_command, runs, sweep, train
+from moeyard.cli.shared import clear_errors, loading, plain
 
 app = typer.Typer(
     name="moeyard",
@@ -25,22 +20,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-#: Which extra brings a module that may be missing.
-EXTRA_OF = {
-    "lightning": "train",
-    "torchmetrics": "train",
-    "matplotlib": "train",
-    "pydantic": "train",
-    "yaml": "train",
-    "safetensors": "train",
-    "tensorboard": "train",
-    "gemmi": "structures",
-    "rdkit": "structures",
-    "pyarrow": "structures",
-}
-
-
-report_command.register(app)
+app.command()(train.train)
+app.command("eval")(train.evaluate)
+app.command()(sweep.sweep)
+app.command("report")(report_command.report)
+app.add_typer(runs.app, name="runs")
 
 
 def run(arguments: list[str]) -> int:
@@ -93,76 +77,13 @@ def demo(
     """Train a small MoE structure encoder on molecules, and show how fast and how well."""
     options = locals()
     console = Console()
-    with _clear_errors("demo"):
+    with clear_errors("demo"):
         from moeyard.train.demo import DemoOptions, run_demo
 
-        with _loading(console) as progress:
+        with loading(console) as progress:
             summary = run_demo(
-                DemoOptions(**options), progress=progress, terminal=console.is_terminal, write=_plain(console)
+                DemoOptions(**options), progress=progress, terminal=console.is_terminal, write=plain(console)
             )
     report.print_summary(console, summary)
     if summary.interrupted:
         raise typer.Exit(130)
-
-
-def _plain(console: Console) -> Callable[[str], None]:
-    # Numbers and paths as they are: no markup, no colours, no line breaks of Rich's own.
-    return lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _loading(console: Console) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress callback: a bar on a terminal, otherwise one line per stage. The bar goes when its stage is done."""
-    bar: Progress | None = None
-    told: set[str] = set()
-
-    def progress(done: int, total: int, what: str) -> None:
-        nonlocal bar
-        if not console.is_terminal:
-            if done >= total and what not in told:
-                told.add(what)
-                _plain(console)(f"{what}: {total}")
-            return
-        if bar is None:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            bar = Progress(*columns, console=console)
-            bar.add_task(what, total=total)
-            bar.start()
-        bar.update(bar.task_ids[0], description=what, completed=done, total=total)
-        if done >= total:
-            bar.stop()
-            bar = None
-
-    try:
-        yield progress
-    finally:
-        if bar is not None:
-            bar.stop()
-
-
-@contextmanager
-def _clear_errors(command: str) -> Iterator[None]:
-    """One line instead of a traceback for what a user can mend; a fault of ours still shows in full."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        module = (error.name or "").split(".")[0]
-        if module not in EXTRA_OF:
-            raise
-        _fail(f"{command} needs {module}: pip install moeyard[{EXTRA_OF[module]}]", 2)
-    except ImportError as error:
-        # The data room says itself what is missing, what for, and how to get it.
-        if "pip install" not in str(error):
-            raise
-        _fail(str(error), 2)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
-    except ValueError as error:
-        if type(error).__name__ != "UsageError":
-            raise
-        _fail(str(error), 2)
-
-
-def _fail(message: str, status: int) -> None:
-    Console(stderr=True).print(f"moeyard: {message}", markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(status)

@@ -9,10 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-
-def register(app: typer.Typer) -> None:
-    """Adds the command to the application."""
-    app.command()(report)
+from moeyard.cli.shared import clear_errors, fail, plain
 
 
 def report(
@@ -21,10 +18,8 @@ def report(
     open_page: Annotated[bool, typer.Option("--open", help="Show the page in the browser.")] = False,
 ) -> None:
     """Write the HTML report and the plots of a run, and print its summary."""
-    from moeyard.cli.app import _clear_errors, _fail, _plain
-
-    write = _plain(Console())
-    with _clear_errors("report"):
+    write = plain(Console())
+    with clear_errors("report"):
         from moeyard.train.report import find_run, read_run, summary_lines, write_report
 
         folder = find_run(run, runs)
@@ -32,7 +27,7 @@ def report(
         try:
             page = write_report(read)
         except OSError as error:
-            _fail(f"cannot write into {folder}: {error.strerror}", 1)
+            fail(f"cannot write into {folder}: {error.strerror}", 1)
         for line in summary_lines(read):
             write(line)
         write(f"written to {page}")

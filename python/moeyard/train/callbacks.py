@@ -1,195 +1,237 @@
-"""Callbacks: metrics line by line, progress, a clean stop on Ctrl-C, the collapse alarm.
+"""What happens around a step: the record, evaluation, stopping, the checkpoint, in that order and in one place.
 
-They read what a LightningModule's `training_step` returns (`metrics`, `usage`, `edges`) and the batch's `ptr`; nothing
-here knows a model.
+Lightning runs the loop, precision, accumulation and the processes; its own callbacks for these matters have no fixed
+order among each other, and an exact resume depends on the order.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import signal
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TextIO
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
-from moeyard.nn import collapse_warnings
-
-
-class MetricsWriter(Callback):
-    """Writes one JSON object per step to `metrics.jsonl`, flushed at once: what is on disk is what was done.
-
-    Args:
-        path: the file, overwritten.
-        max_atoms_per_batch: the budget that `batch_fill` is measured against. A structure larger than the budget is a
-            batch of its own and counts as full.
-
-    A line holds step, loss and its parts, step_seconds (forward to optimizer), data_seconds (waiting for the batch),
-    structures, atoms, edges, their rates per second of both, batch_fill, and experts[layer][domain][expert] counts.
-    Numbers that are not finite are written as null.
-    """
-
-    def __init__(self, path: Path, *, max_atoms_per_batch: int) -> None:
-        self.path, self.max_atoms = path, max_atoms_per_batch
-        self.records: list[dict[str, Any]] = []
-        self._file: TextIO | None = None
-
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._file = self.path.open("w", encoding="utf-8")
-        self._ended = time.perf_counter()
-
-    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._started = time.perf_counter()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        now = time.perf_counter()
-        step_seconds, data_seconds = now - self._started, self._started - self._ended
-        structures, atoms = len(batch.ptr) - 1, int(batch.ptr[-1])
-        seconds = max(step_seconds + data_seconds, 1e-9)
-        record = {
-            "step": trainer.global_step,
-            **{name: float(value) for name, value in outputs["metrics"].items()},
-            "step_seconds": step_seconds,
-            "data_seconds": data_seconds,
-            "structures": structures,
-            "atoms": atoms,
-            "edges": outputs["edges"],
-            "structures_per_second": structures / seconds,
-            "atoms_per_second": atoms / seconds,
-            "batch_fill": min(1.0, atoms / self.max_atoms),
-            "experts": outputs["usage"].tolist(),
-        }
-        self.records.append(record)
-        assert self._file is not None
-        self._file.write(json.dumps({k: _finite(v) for k, v in record.items()}) + "\n")
-        self._file.flush()
-        self._ended = time.perf_counter()
-
-    def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+from moeyard.models.step import StepOutput
+from moeyard.train.checkpoint import Checkpoints
+from moeyard.train.evaluation import Judge, evaluate
+from moeyard.train.loading import RepeatedEpochs
+from moeyard.train.metrics import CollapseAlarm, MetricsFile, Record, Sink
+from moeyard.train.module import SystemModule
+from moeyard.train.system import Data
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+class Stop:
+    """Why training is to end before its last step.
 
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`; a last line cut off by a crash is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            records.append(json.loads(line))
-    return records
-
-
-class CollapseAlarm(Callback):
-    """Warns, once per layer and finding, when one expert takes most tokens or gets none over the last steps.
+    The first Ctrl-C or SIGTERM and the time limit end it after the running step, a second Ctrl-C at once. Lightning's
+    own way ends the process from inside `fit`; this one comes back, so that the results are still written.
 
     Args:
-        k: experts per token.
-        span: steps that are judged together; nothing is said before they are full.
-        warn: takes each line, such as "layer 2, step 100: expert 3 takes 71% of the tokens".
+        seconds: time limit from `__enter__` on, None for none.
     """
 
-    def __init__(self, k: int, *, span: int = 50, warn: Callable[[str], None] | None = None) -> None:
-        self.k, self.span, self._warn = k, span, warn
-        self.warnings: list[str] = []
-        self._recent: deque[torch.Tensor] = deque(maxlen=span)
-        self._seen: set[tuple[int, str]] = set()
+    def __init__(self, seconds: float | None = None) -> None:
+        self.seconds, self.reason = seconds, ""
+        self._signalled: float | None = None
+        self._previous: dict[int, Any] = {}
 
-    def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    def __enter__(self) -> Stop:
+        self._started = time.monotonic()
+        self.catch()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._recent.append(outputs["usage"].sum(1))
-        if len(self._recent) == self.span:
-            self.judge(trainer.global_step)
-            self._recent.clear()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
 
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        # A run shorter than one span is judged as a whole.
-        if self._recent and trainer.global_step < self.span:
-            self.judge(trainer.global_step)
-
-    def judge(self, step: int) -> None:
-        for layer, counts in enumerate(torch.stack(list(self._recent)).sum(0)):
-            for finding in collapse_warnings(counts, self.k):
-                # The share changes from span to span; the finding is the same.
-                key = (layer, finding.split(" takes ")[0])
-                if key not in self._seen:
-                    self._seen.add(key)
-                    self.warnings.append(f"layer {layer}, step {step}: {finding}")
-                    if self._warn is not None:
-                        self._warn(self.warnings[-1])
-
-
-class PlainProgress(Callback):
-    """Progress as plain lines, for logs and pipes: the first step, the last, and one every few seconds.
-
-    Args:
-        write: takes a line.
-        every_seconds: least time between lines.
-    """
-
-    def __init__(self, write: Callable[[str], None] = print, *, every_seconds: float = 5.0) -> None:
-        self._write, self._every, self._last = write, every_seconds, -math.inf
-
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._started, self._last, self._atoms, self._line = time.perf_counter(), -math.inf, 0, ""
-
-    def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        now = time.perf_counter()
-        self._atoms += int(batch.ptr[-1])
-        metrics = outputs["metrics"]
-        self._line = (
-            f"step {trainer.global_step}/{trainer.max_steps}  loss {float(metrics['loss']):.4f}  "
-            f"{self._atoms / (now - self._started):,.0f} atoms/s"
-        )
-        if now - self._last >= self._every:
-            self._flush(now)
-
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self._flush(time.perf_counter())
-
-    def _flush(self, now: float) -> None:
-        if self._line:
-            self._write(self._line)
-        self._line, self._last = "", now
-
-
-class StopOnInterrupt(Callback):
-    """The first Ctrl-C ends training after the running step, a second one at once.
-
-    Lightning's own way ends the process from inside `fit`; this one comes back, so that the results are still written.
-    """
-
-    def __init__(self) -> None:
-        self.interrupted = False
-        self._previous: Any = None
-
-    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+    def catch(self) -> None:
+        """Puts the handlers in place; again when training starts, since Lightning brings one for SIGTERM."""
         # Signals belong to the main thread; elsewhere there is nothing to catch.
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, lambda number, frame: self._stop(trainer))
+            for number in (signal.SIGINT, signal.SIGTERM):
+                previous = signal.signal(number, self._handle)
+                self._previous.setdefault(number, previous)
 
-    def _stop(self, trainer: Trainer) -> None:
-        if self.interrupted:
+    def _handle(self, number: int, frame: object) -> None:
+        now = time.monotonic()
+        if self._signalled is None:
+            self._signalled = now
+        elif number == signal.SIGINT and now - self._signalled > 1.0:
+            # Launchers pass on the Ctrl-C that the terminal has already sent to every process: within a second it is
+            # the same one.
             raise KeyboardInterrupt
-        self.interrupted = True
-        trainer.should_stop = True
 
-    def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
+    def wanted(self) -> str:
+        """ "interrupted", "time limit" or ""."""
+        if self._signalled is not None:
+            return "interrupted"
+        over = self.seconds is not None and time.monotonic() - self._started >= self.seconds
+        return "time limit" if over else ""
+
+    @property
+    def interrupted(self) -> bool:
+        return self._signalled is not None
+
+
+class Recorder:
+    """Makes one record of the batches of a step, summed over all processes."""
+
+    def __init__(self) -> None:
+        self._outputs: list[StepOutput] = []
+        self._ended = time.perf_counter()
+        self._step_seconds = self._data_seconds = 0.0
+
+    def start_clock(self) -> None:
+        self._ended = time.perf_counter()
+
+    def begin(self) -> None:
+        self._started = time.perf_counter()
+        self._data_seconds += self._started - self._ended
+
+    def add(self, output: StepOutput) -> None:
+        self._ended = time.perf_counter()
+        self._step_seconds += self._ended - self._started
+        self._outputs.append(output)
+
+    def take(self, total: Callable[[Tensor], Tensor], processes: int) -> Record:
+        """loss and metrics as means over the batches, sizes and usage as sums; then begins anew."""
+        outputs, self._outputs = self._outputs, []
+        first, count = outputs[0], len(outputs) * processes
+        means = {"loss": [o.loss for o in outputs], **{n: [o.metrics[n] for o in outputs] for n in first.metrics}}
+        fills = [o.batch_fill for o in outputs if o.batch_fill is not None]
+        columns = [torch.stack(values).double().sum() for values in means.values()]
+        columns += [torch.tensor(float(sum(o.sizes[name] for o in outputs))) for name in first.sizes]
+        columns.append(torch.tensor(float(sum(fills))))
+        sums = total(torch.stack([column.double().to(first.loss.device) for column in columns])).tolist()
+        record: Record = {name: value / count for name, value in zip(means, sums, strict=False)}
+        sizes = {name: int(value) for name, value in zip(first.sizes, sums[len(means) :], strict=False)}
+        seconds = max(self._step_seconds + self._data_seconds, 1e-9)
+        record |= {"step_seconds": self._step_seconds, "data_seconds": self._data_seconds, **sizes}
+        record |= {f"{name}_per_second": size / seconds for name, size in sizes.items()}
+        if fills:
+            record["batch_fill"] = sums[-1] / count
+        if first.usage is not None:
+            usage = torch.stack([o.usage for o in outputs if o.usage is not None]).sum(0)
+            record["experts"] = total(usage).tolist()
+        self._step_seconds = self._data_seconds = 0.0
+        return record
+
+
+class StepEnd(Callback):
+    """Follows every optimizer step: record, moving average, evaluation, stop, checkpoint.
+
+    Args:
+        data: for the evaluations.
+        batches: tells epochs and the position that a checkpoint keeps.
+        judge: what evaluations lead to; also holds the best one.
+        sinks: where records go; of the first process only.
+        stop: Ctrl-C and the time limit.
+        checkpoints: None keeps none.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        batches: RepeatedEpochs,
+        judge: Judge,
+        *,
+        sinks: Sequence[Sink] = (),
+        stop: Stop,
+        checkpoints: Checkpoints | None = None,
+    ) -> None:
+        self.data, self.batches, self.judge, self.sinks, self.stop = data, batches, judge, sinks, stop
+        self.checkpoints, self.recorder, self._step = checkpoints, Recorder(), 0
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.stop.catch()
+        self._step = trainer.global_step
+        self.recorder.start_clock()
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.recorder.begin()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(module, SystemModule)
+        self.recorder.add(outputs["output"])
+        if trainer.global_step > self._step:
+            self._step = trainer.global_step
+            self._after_step(trainer, module)
+            self.recorder.start_clock()
+
+    def _after_step(self, trainer: Trainer, module: SystemModule) -> None:
+        config, step = module.config, self._step
+        total = _total(trainer)
+        place = {"step": step, "epoch": self.batches.position(step * config.accumulate - 1)[0]}
+        record = self.recorder.take(total, trainer.world_size)
+        self._emit({**place, **record, "learning_rate": module.learning_rate, "grad_norm": module.grad_norm})
+        module.update_average()
+        last = step == config.max_steps
+        if self.data.evaluation_batches and (last or step % config.eval_every == 0):
+            last |= self._evaluate(trainer, module, place)
+        # All processes end after the same step, whoever was told first.
+        reason = self.stop.wanted()
+        if trainer.strategy.reduce_boolean_decision(bool(reason), all=False) and not last:
+            self.stop.reason = reason or "interrupted"
+        trainer.should_stop = trainer.should_stop or last or bool(self.stop.reason)
+        if self.checkpoints is not None and (trainer.should_stop or step % config.checkpoint_every == 0):
+            for sink in self.sinks:
+                if isinstance(sink, MetricsFile):
+                    sink.sync()
+            trainer.save_checkpoint(self.checkpoints.path(step))
+
+    def _evaluate(self, trainer: Trainer, module: SystemModule, place: Record) -> bool:
+        """Scores the evaluation batches; True when training is to end."""
+        values = evaluate(
+            module.evaluated_model(),
+            self.data,
+            module.config,
+            device=module.device,
+            rank=trainer.global_rank,
+            processes=trainer.world_size,
+            total=_total(trainer),
+        )
+        self._emit({**place, **values})
+        best, reduce, stop = self.judge.observe(values, place["step"])
+        if best and self.checkpoints is not None and trainer.is_global_zero:
+            weights = {f"model.{name}": tensor for name, tensor in module.evaluated_model().state_dict().items()}
+            self.checkpoints.save({"state_dict": weights}, place["step"], kind="best")
+        if reduce:
+            module.reduce_learning_rate()
+        return stop
+
+    def _emit(self, record: Record) -> None:
+        for sink in self.sinks:
+            sink.write(record)
+
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        batches = trainer.global_step * module.config.accumulate
+        checkpoint["position"] = list(self.batches.position(batches))
+        checkpoint["judge"] = self.judge.state_dict()
+        for alarm in self._alarms():
+            checkpoint["alarm"] = alarm.state_dict()
+
+    def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.judge.load_state_dict(checkpoint["judge"])
+        for alarm in self._alarms():
+            alarm.load_state_dict(checkpoint["alarm"])
+
+    def _alarms(self) -> list[CollapseAlarm]:
+        return [sink for sink in self.sinks if isinstance(sink, CollapseAlarm)]
+
+
+def _total(trainer: Trainer) -> Callable[[Tensor], Tensor]:
+    """Sums a tensor over all processes."""
+    if trainer.world_size == 1:
+        return lambda tensor: tensor
+    return lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum")

@@ -7,40 +7,29 @@
 
 from __future__ import annotations
 
-import logging
 import platform
 import statistics
 import tempfile
-import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import lightning
 import numpy as np
 import torch
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import RichProgressBar, Timer
 
-import moeyard
-from moeyard.data.batching import AtomBudgetBatchSampler, structure_loader
 from moeyard.data.structures import StructureTable, embed_molecules, read_structures
-from moeyard.models import StructureEncoderConfig
+from moeyard.models.structure_pretraining import StructurePretraining
+from moeyard.models.structures_demo import StructuresDemoData, system
 from moeyard.train import plots
-from moeyard.train.callbacks import CollapseAlarm, MetricsWriter, PlainProgress, StopOnInterrupt
+from moeyard.train.config import TrainConfig, load_config
+from moeyard.train.errors import UsageError
 from moeyard.train.files import write_json
-from moeyard.train.loading import RepeatedEpochs, ignore_interrupt
-from moeyard.train.pretraining import PretrainingConfig, StructurePretraining
-
-Progress = Callable[[int, int, str], object]
-
-
-class UsageError(ValueError):
-    """A mistake of the caller: a wrong path, a wrong number. The message is all that a user needs to see."""
+from moeyard.train.metrics import read_metrics
+from moeyard.train.runs import versions
+from moeyard.train.system import Progress
+from moeyard.train.trainer import fit
 
 
 @dataclass(frozen=True)
@@ -125,17 +114,15 @@ def run_demo(
     """
     _writable_folder(options.out)
     table, skipped = load_structures(options, progress)
-    model = build_model(options, table)
-    write_config(options, model)
-    writer = MetricsWriter(options.out / "metrics.jsonl", max_atoms_per_batch=options.max_atoms_per_batch)
-    alarm = CollapseAlarm(options.top_k, warn=lambda line: write(f"warning: {line}"))
-    stop = StopOnInterrupt()
-    bar: Callback = _Bar() if terminal else PlainProgress(write)
-    started = time.perf_counter()
-    train(options, table, model, [writer, alarm, stop, bar])
-    seconds = time.perf_counter() - started
-    summary = summarize(options, table, writer.records, seconds, alarm.warnings, skipped, stop.interrupted)
-    draw(options.out, writer.records, table.domains)
+    config = settings(options)
+    data = StructuresDemoData(table, max_atoms_per_batch=options.max_atoms_per_batch, seed=options.seed)
+    model = build_model(config, data)
+    write_config(options, config, model)
+    result = fit(model, data, config, options.out, seconds=options.seconds, terminal=terminal, write=write)
+    records = read_metrics(options.out / "metrics.jsonl")
+    interrupted = result.reason == "interrupted"
+    summary = summarize(options, table, records, result.seconds, result.warnings, skipped, interrupted)
+    draw(options.out, records, table.domains)
     write_json(options.out / "summary.json", asdict(summary))
     return summary
 
@@ -162,69 +149,23 @@ def load_structures(options: DemoOptions, progress: Progress | None) -> tuple[St
     return table, reasons
 
 
-def build_model(options: DemoOptions, table: StructureTable) -> StructurePretraining:
-    encoder = StructureEncoderConfig(num_experts=options.experts, experts_per_token=options.top_k)
+def settings(options: DemoOptions) -> TrainConfig:
+    """The options as settings of the system structures-demo."""
+    values = {
+        "seed": options.seed,
+        "max_steps": options.steps,
+        "workers": options.workers,
+        "data": {"max_atoms_per_batch": options.max_atoms_per_batch, "evaluation_fraction": 0.0},
+        "encoder": {"num_experts": options.experts, "experts_per_token": options.top_k},
+    }
+    return load_config(system.Config, defaults={**system.defaults, **values})
+
+
+def build_model(config: TrainConfig, data: StructuresDemoData) -> StructurePretraining:
     # Seeded without a trace: whoever calls the demo from a program keeps their own random state.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
-        return StructurePretraining(encoder, PretrainingConfig(seed=options.seed), num_domains=len(table.domains))
-
-
-def train(
-    options: DemoOptions, table: StructureTable, model: StructurePretraining, callbacks: Sequence[Callback]
-) -> None:
-    """Fits the model; on the CPU for now, since this release has no CUDA kernels."""
-    sampler = AtomBudgetBatchSampler(
-        table.sizes, options.max_atoms_per_batch, shuffle=True, seed=options.seed, oversize="own_batch"
-    )
-    loader = structure_loader(
-        table,
-        RepeatedEpochs(sampler, options.steps),
-        num_workers=options.workers,
-        worker_init_fn=ignore_interrupt,
-        generator=torch.Generator().manual_seed(options.seed),
-    )
-    with _quiet_lightning():
-        trainer = Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_steps=options.steps,
-            max_epochs=1,
-            enable_progress_bar=any(isinstance(c, RichProgressBar) for c in callbacks),
-            gradient_clip_val=1.0,
-            callbacks=[*callbacks, Timer(timedelta(seconds=options.seconds), verbose=False)],
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
-        trainer.fit(model, loader)
-
-
-class _Bar(RichProgressBar):
-    """Lightning's bar; the run is one pass, so it is not called an epoch."""
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        return "training"
-
-
-class _quiet_lightning:
-    """Keeps Lightning's remarks on devices, workers and stop reasons out of the output; errors still come."""
-
-    _loggers = ("lightning.pytorch", "lightning.fabric")
-
-    def __enter__(self) -> None:
-        self._levels = [logging.getLogger(name).level for name in self._loggers]
-        for name in self._loggers:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        self._caught = warnings.catch_warnings()
-        self._caught.__enter__()
-        warnings.filterwarnings("ignore", module="lightning.*")
-
-    def __exit__(self, *error: object) -> None:
-        self._caught.__exit__(None, None, None)
-        for name, level in zip(self._loggers, self._levels, strict=True):
-            logging.getLogger(name).setLevel(level)
+        torch.manual_seed(config.seed)
+        return system.build_model(config, data)
 
 
 def summarize(
@@ -282,20 +223,13 @@ def draw(out: Path, records: Sequence[dict[str, Any]], domains: Sequence[str]) -
     plots.plot_throughput(records, out / "throughput.png")
 
 
-def write_config(options: DemoOptions, model: StructurePretraining) -> None:
+def write_config(options: DemoOptions, settings: TrainConfig, model: StructurePretraining) -> None:
     """Everything that a run depends on, so that it can be repeated."""
     config = {
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()},
-        "encoder": asdict(model.encoder.config),
-        "pretraining": asdict(model.config),
+        "settings": settings.model_dump(mode="json"),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "versions": {
-            "moeyard": moeyard.__version__,
-            "torch": torch.__version__,
-            "lightning": lightning.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "threads": torch.get_num_threads(),
         "machine": f"{platform.system()} {platform.machine()}",
     }

@@ -2,28 +2,31 @@
 
     x~ = x + sigma eps        loss = w_n mean |eps^ - eps|^2 / 3 + w_e CE(masked elements) + balance and z losses
 
-The noise and the masks of step s come from a generator seeded by (seed, s) alone: the same on every device, for any
-number of workers, and after a resume. Source: Zaidi et al. 2022 (arXiv:2206.00133), Hu et al. 2020 (arXiv:1905.12265).
+Source: Zaidi et al. 2022 (arXiv:2206.00133), Hu et al. 2020 (arXiv:1905.12265).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from moeyard.data.batching import StructureBatch
-from moeyard.models import StructureEncoder, StructureEncoderConfig, StructureEncoding
-from moeyard.models.structure_encoder import MASK_ELEMENT
+from moeyard.models.step import StepOutput
+from moeyard.models.structure_encoder import (
+    MASK_ELEMENT,
+    StructureEncoder,
+    StructureEncoderConfig,
+    StructureEncoding,
+)
 from moeyard.nn import expert_usage, router_z_loss, switch_load_balancing
 
 
 @dataclass(frozen=True)
 class PretrainingConfig:
-    """What is learned and how fast. `noise_std` in Å; the weights multiply the parts of the loss."""
+    """What is learned. `noise_std` in Å; the weights multiply the parts of the loss."""
 
     noise_std: float = 0.1
     mask_fraction: float = 0.15
@@ -31,10 +34,6 @@ class PretrainingConfig:
     element_weight: float = 1.0
     balance_weight: float = 0.03
     z_weight: float = 0.001
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.01
-    warmup_steps: int = 30
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if not self.noise_std > 0:
@@ -68,49 +67,53 @@ def corrupt(
     return Corruption(positions + noise_std * noise, elements.masked_fill(masked, MASK_ELEMENT), noise, masked)
 
 
-def step_generator(seed: int, step: int) -> torch.Generator:
-    """The generator of one step. torch keeps 32 bits of a CPU seed, so both numbers must be mixed into those."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**32)
-
-
-class StructurePretraining(LightningModule):
+class StructurePretraining(nn.Module):
     """Trains a `StructureEncoder` on `StructureBatch`es.
 
     Args:
         encoder: the encoder's sizes.
-        config: losses and optimizer.
+        config: the losses.
         num_domains: D, for the usage counts per domain.
-
-    `training_step` returns, beside the loss, `metrics` (scalars), `usage` [L,D,E] and `edges`, for the callbacks.
+        max_atoms_per_batch: the budget that the batches' fill is measured against, None for no such measure. A
+            structure larger than the budget is a batch of its own and counts as full.
     """
 
-    def __init__(self, encoder: StructureEncoderConfig, config: PretrainingConfig, *, num_domains: int = 1) -> None:
+    def __init__(
+        self,
+        encoder: StructureEncoderConfig,
+        config: PretrainingConfig,
+        *,
+        num_domains: int = 1,
+        max_atoms_per_batch: int | None = None,
+    ) -> None:
         super().__init__()
-        self.config, self.num_domains = config, num_domains
+        self.config, self.num_domains, self.max_atoms = config, num_domains, max_atoms_per_batch
         self.encoder = StructureEncoder(encoder)
 
-    def training_step(self, batch: StructureBatch, batch_idx: int) -> dict[str, Any]:
-        outputs = self.outputs(batch, self.global_step)
-        self.log("loss", outputs["loss"].detach(), prog_bar=True, batch_size=len(batch.index))
-        return outputs
+    @property
+    def experts_per_token(self) -> int:
+        return self.encoder.config.experts_per_token
 
-    def outputs(self, batch: StructureBatch, step: int) -> dict[str, Any]:
-        """Corrupts, encodes and scores a batch as step `step` of the run does."""
+    def training_step(self, batch: StructureBatch, generator: torch.Generator) -> StepOutput:
+        """Corrupts, encodes and scores a batch."""
         corruption = corrupt(
             batch.positions,
             batch.elements,
             noise_std=self.config.noise_std,
             mask_fraction=self.config.mask_fraction,
-            generator=step_generator(self.config.seed, step),
+            generator=generator,
         )
         encoding = self.encoder(corruption.positions, corruption.elements, batch.ptr, batch.domain)
         metrics = self.losses(encoding, corruption, batch.elements)
-        return {
-            "loss": metrics["loss"],
-            "metrics": {name: value.detach() for name, value in metrics.items()},
-            "usage": self.usage(encoding, batch.domain[batch.batch]),
-            "edges": encoding.num_edges,
-        }
+        atoms = int(batch.ptr[-1])
+        return StepOutput(
+            loss=metrics.pop("loss"),
+            metrics=metrics,
+            sizes={"atoms": atoms, "structures": len(batch.ptr) - 1, "edges": encoding.num_edges},
+            usage=self.usage(encoding, batch.domain[batch.batch]),
+            batch_fill=None if self.max_atoms is None else min(1.0, atoms / self.max_atoms),
+            weight=atoms,
+        )
 
     def losses(self, encoding: StructureEncoding, corruption: Corruption, elements: Tensor) -> dict[str, Tensor]:
         """The parts of the loss and their weighted sum, as scalars."""
@@ -137,15 +140,3 @@ class StructurePretraining(LightningModule):
         """[L,D,E] int64: slots that each layer's experts got from each domain."""
         experts = self.encoder.config.num_experts
         return torch.stack([expert_usage(g.experts, experts, domain, self.num_domains) for g in encoding.gatings])
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        # Weight decay for matrices only: pulling norms, biases and embeddings to zero buys nothing.
-        decayed: list[nn.Parameter] = []
-        kept: list[nn.Parameter] = []
-        for name, parameter in self.named_parameters():
-            (kept if parameter.dim() < 2 or "embedding" in name else decayed).append(parameter)
-        groups = [{"params": decayed, "weight_decay": self.config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate)
-        warmup = max(self.config.warmup_steps, 1)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
