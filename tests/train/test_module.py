@@ -76,10 +76,10 @@ def test_only_matrices_decay() -> None:
 
 def test_the_moving_average() -> None:
     module = SystemModule(Draws(), TrainConfig(ema_decay=0.75))
-    module.update_average()  # the first one is the weights themselves
+    module.end_step()  # the first one is the weights themselves
     with torch.no_grad():
         module.model.weight += 4.0
-    module.update_average()
+    module.end_step()
     assert module.evaluated_model().weight.tolist() == [[2.0, 3.0]]
     # DDP and the optimizer leave it alone.
     assert not module.evaluated_model().weight.requires_grad

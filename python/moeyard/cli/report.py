@@ -19,6 +19,8 @@ def print_summary(console: Console, summary: DemoSummary) -> None:
     console.print(_figures(summary))
     if summary.expert_share:
         console.print(_experts(summary))
+    if summary.comparison:
+        console.print(_comparison(summary))
     _print_skipped(console, summary.skipped)
     if summary.interrupted:
         console.print("interrupted: what was done until then is written", style="yellow")
@@ -54,6 +56,15 @@ def _experts(summary: DemoSummary) -> Table:
         table.add_column(str(expert), justify="right")
     for layer, shares in enumerate(summary.expert_share):
         table.add_row(str(layer), *(f"{100 * share:.0f}" for share in shares))
+    return table
+
+
+def _comparison(summary: DemoSummary) -> Table:
+    table = Table(title="one batch, ms")
+    for name in ("step", "plain PyTorch", "moeyard", "ratio"):
+        table.add_column(name, justify="left" if name == "step" else "right")
+    for row in summary.comparison:
+        table.add_row(row.step, f"{row.plain_ms:.3f}", f"{row.ours_ms:.3f}", f"{row.ratio:.1f} x")
     return table
 
 

@@ -175,7 +175,7 @@ class StepEnd(Callback):
         place = {"step": step, "epoch": self.batches.position(step * config.accumulate - 1)[0]}
         record = self.recorder.take(total, trainer.world_size)
         self._emit({**place, **record, "learning_rate": module.learning_rate, "grad_norm": module.grad_norm})
-        module.update_average()
+        module.end_step()
         last = step == config.max_steps
         if self.data.evaluation_batches and (last or step % config.eval_every == 0):
             last |= self._evaluate(trainer, module, place)

@@ -12,7 +12,7 @@ import statistics
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,11 @@ from moeyard.models.structure_pretraining import StructurePretraining
 from moeyard.models.structures_demo import StructuresDemoData, system
 from moeyard.train import plots
 from moeyard.train.config import TrainConfig, load_config
+from moeyard.train.demo_comparison import StepComparison, compare_steps
 from moeyard.train.errors import UsageError
 from moeyard.train.files import write_json
 from moeyard.train.metrics import read_metrics
+from moeyard.train.report import write_report
 from moeyard.train.runs import versions
 from moeyard.train.system import Progress
 from moeyard.train.trainer import fit
@@ -86,6 +88,7 @@ class DemoSummary:
     interrupted: bool
     out: str
     files: list[str] = field(default_factory=list)
+    comparison: list[StepComparison] = field(default_factory=list)  # a batch's steps beside plain PyTorch
 
 
 def run_demo(
@@ -117,13 +120,17 @@ def run_demo(
     config = settings(options)
     data = StructuresDemoData(table, max_atoms_per_batch=options.max_atoms_per_batch, seed=options.seed)
     model = build_model(config, data)
-    write_config(options, config, model)
+    write_config(options, config, model, table)
     result = fit(model, data, config, options.out, seconds=options.seconds, terminal=terminal, write=write)
     records = read_metrics(options.out / "metrics.jsonl")
     interrupted = result.reason == "interrupted"
     summary = summarize(options, table, records, result.seconds, result.warnings, skipped, interrupted)
-    draw(options.out, records, table.domains)
+    drawn = plots.draw(records, options.out, table.domains)
+    files = ["config.json", "metrics.jsonl", "summary.json", "report.html", *(path.name for path in drawn)]
+    comparison = [] if interrupted else compare(config, table)
+    summary = replace(summary, files=files, comparison=comparison)
     write_json(options.out / "summary.json", asdict(summary))
+    write_report(options.out)
     return summary
 
 
@@ -200,7 +207,6 @@ def summarize(
         skipped=skipped,
         interrupted=interrupted,
         out=str(options.out),
-        files=["config.json", "metrics.jsonl", "summary.json", *(PLOTS if records else ())],
     )
 
 
@@ -208,26 +214,29 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-PLOTS = ("overview.png", "loss.png", "experts.png", "throughput.png")
+def compare(config: Any, table: StructureTable) -> list[StepComparison]:
+    """One batch's steps with our ops and with plain PyTorch, at the sizes of the run."""
+    encoder = config.encoder
+    return compare_steps(
+        table,
+        max_atoms_per_batch=config.data.max_atoms_per_batch,
+        cutoff=encoder.cutoff,
+        dim=encoder.dim,
+        hidden=encoder.expert_hidden,
+        num_experts=encoder.num_experts,
+        experts_per_token=encoder.experts_per_token,
+        seed=config.seed,
+    )
 
 
-def draw(out: Path, records: Sequence[dict[str, Any]], domains: Sequence[str]) -> None:
-    """The plots; those of an earlier run go when there is nothing to draw."""
-    if not records:
-        for name in PLOTS:
-            (out / name).unlink(missing_ok=True)
-        return
-    plots.plot_overview(records, out / "overview.png")
-    plots.plot_loss(records, out / "loss.png")
-    plots.plot_experts(records, out / "experts.png", domains)
-    plots.plot_throughput(records, out / "throughput.png")
-
-
-def write_config(options: DemoOptions, settings: TrainConfig, model: StructurePretraining) -> None:
+def write_config(
+    options: DemoOptions, settings: TrainConfig, model: StructurePretraining, table: StructureTable
+) -> None:
     """Everything that a run depends on, so that it can be repeated."""
     config = {
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()},
         "settings": settings.model_dump(mode="json"),
+        "domains": list(table.domains),
         "parameters": sum(p.numel() for p in model.parameters()),
         "versions": versions(),
         "threads": torch.get_num_threads(),

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from moeyard.models.step import StepOutput
+from moeyard.nn import ExpertOptimizer, Router, expert_parameters
 from moeyard.train.config import TrainConfig
 from moeyard.train.schedule import Factor
 
@@ -63,19 +64,24 @@ class SystemModule(LightningModule):
         """The model that evaluations use: the moving average where there is one."""
         return self.model if self.ema is None else self.ema.module
 
-    def update_average(self) -> None:
-        """Takes the step's weights into the moving average."""
+    def end_step(self) -> None:
+        """What follows an optimizer step: the routers' biases, and the step's weights into the moving average."""
+        for module in self.model.modules():
+            if isinstance(module, Router):
+                module.update_selection_bias()
         if self.ema is not None:
             self.ema.update_parameters(self.model)
 
     def configure_optimizers(self) -> dict[str, Any]:
         settings = self.config.optimizer
-        optimizer = torch.optim.AdamW(
+        stock = torch.optim.AdamW(
             parameter_groups(self.model, settings.weight_decay),
             lr=settings.learning_rate,
             betas=settings.betas,
             eps=settings.eps,
         )
+        stacked = expert_parameters(self.model)
+        optimizer = ExpertOptimizer(stock, stacked) if stacked else stock
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": LambdaLR(optimizer, self.factor), "interval": "step"},

@@ -17,9 +17,9 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 
+from moeyard.train.files import whole_file
 from moeyard.train.reporting.charts import is_router_loss
 from moeyard.train.reporting.history import Counts, Floats, History
-from moeyard.train.reporting.whole_file import whole_file
 
 Records = Sequence[dict[str, Any]]
 

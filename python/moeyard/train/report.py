@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from moeyard.train import plots
+from moeyard.train.errors import UsageError
+from moeyard.train.files import whole_file
 from moeyard.train.reporting.charts import curve_data
 from moeyard.train.reporting.history import Floats
 from moeyard.train.reporting.page import render
-from moeyard.train.reporting.run_folder import RunFolder, UsageError, find_run, read_run
+from moeyard.train.reporting.run_folder import RunFolder, find_run, read_run
 from moeyard.train.reporting.verdicts import LayerUsage, alarms, layer_usage, verdicts
-from moeyard.train.reporting.whole_file import whole_file
 
 __all__ = ["RunFolder", "UsageError", "find_run", "read_run", "summary_lines", "write_report"]
 

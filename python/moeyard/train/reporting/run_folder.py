@@ -8,16 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moeyard.train.errors import UsageError
 from moeyard.train.reporting.history import History, read_history
 
 #: Any one of these makes a folder a run.
 MARKS = ("metrics.jsonl", "run.json", "config.json")
 #: Shown elsewhere than in the environment table.
 _NOT_ENVIRONMENT = ("system", "signature", "status", "versions", "domains", "config", "warnings")
-
-
-class UsageError(ValueError):
-    """A mistake of the caller, such as a folder that is no run. The message is all that a user needs to see."""
 
 
 @dataclass(frozen=True)
