@@ -83,7 +83,7 @@ DOCUMENTS = [
     "CONTRIBUTING.md",
     "DESIGN.md",
     "docs/integrations.md",
-    *(f"python/moeyard/{room}/README.md" for room in ("nn", "ops")),
+    *(f"python/moeyard/{room}/README.md" for room in ("models", "nn", "ops")),
 ]
 
 
