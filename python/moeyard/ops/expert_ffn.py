@@ -53,7 +53,7 @@ def expert_ffn(
         offsets: [E] integer END offsets of the experts' rows (`PermutationPlan.offsets`).
         activation: "swiglu", "gelu" or "relu".
         recompute: keep no hidden features for the backward, which takes the first product once more: R*P*I numbers
-            less, for about a sixth more work.
+            less, for 17 % (swiglu: 22 %) more multiplications.
 
     Returns:
         [R,H]; rows past the last offset are zero, and so is their gradient.
