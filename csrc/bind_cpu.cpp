@@ -55,8 +55,8 @@ PYBIND11_MODULE(_cpu, m) {
              const auto stack = [](const Strided& w) {
                return moeyard::Weights{at<float>(std::get<0>(w)), std::get<1>(w), std::get<2>(w), std::get<3>(w)};
              };
-             return moeyard::ExpertFfn{
-                 at<float>(x), stack(up), stack(down), view(offsets), rows, experts, dim, hidden, swiglu};
+             return moeyard::ExpertFfn{at<float>(x), stack(up), stack(down), view(offsets), rows,
+                                       experts,      dim,       hidden,      swiglu};
            }),
            "x"_a, "up"_a, "down"_a, "offsets"_a, "rows"_a, "experts"_a, "dim"_a, "hidden"_a, "swiglu"_a);
   m.def("expert_ffn_runs", &moeyard::cpu::expert_ffn_runs);
