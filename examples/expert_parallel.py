@@ -93,7 +93,7 @@ def compare_with_one_process(moe: ExpertParallelMoE, x: Tensor, hidden: int) -> 
         (torch.cat(gather(moe.experts.up.grad)), whole.experts.up.grad),
         (torch.cat(gather(moe.experts.down.grad)), whole.experts.down.grad),
     ]
-    return max(float((a - b).abs().max()) for a, b in pairs)
+    return float(torch.stack([(a - b).abs().max() for a, b in pairs]).max())
 
 
 def gather(x: Tensor) -> list[Tensor]:

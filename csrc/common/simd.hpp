@@ -1,6 +1,6 @@
-// Which instruction set the CPU kernels use. All levels give the same bits; MOEYARD_SIMD=baseline|avx2|avx512 forces a
-// lower one than the machine has, so that tests can run them all. Elsewhere than on x86-64 there is one level, and the
-// compiler's own vector instructions (NEON) are in it.
+// Which instruction set the CPU kernels use. All levels give the same bits (but for the matrix products of expert_ffn);
+// MOEYARD_SIMD=baseline|avx2|avx512 forces a lower one than the machine has, so that tests can run them all. Elsewhere
+// than on x86-64 there is one level, and the compiler's own vector instructions (NEON) are in it.
 #pragma once
 #include <string>
 #include <utility>

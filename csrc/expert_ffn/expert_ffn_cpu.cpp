@@ -139,16 +139,18 @@ void expert_ffn_backward(const ExpertFfn& q, const float* grad, const float* hid
 
   if (out.x) clear(out.x + end * q.dim, (q.rows - end) * q.dim);
   if (!out.down) return;
-  parallel_for(q.experts, 1, threads, [&](int64_t from, int64_t to) {
-    for (int64_t e = from; e < to; ++e) {
-      float *up = out.up + e * up_size, *down = out.down + e * down_size;
-      if (q.offsets[e] == (e ? q.offsets[e - 1] : 0)) clear(up, up_size), clear(down, down_size);
-      for (const Span& span : spans) {
-        if (span.partial < 0 || segments[size_t(span.first)].expert != e) continue;
-        const float* sum = sums.data() + span.partial * (up_size + down_size);
-        for (int64_t i = 0; i < up_size; ++i) up[i] += sum[i];
-        for (int64_t i = 0; i < down_size; ++i) down[i] += sum[up_size + i];
-      }
+  for (int64_t e = 0; e < q.experts; ++e)
+    if (q.offsets[e] == (e ? q.offsets[e - 1] : 0))
+      clear(out.up + e * up_size, up_size), clear(out.down + e * down_size, down_size);
+  // Number by number in the order of the spans, so it does not matter who adds which numbers.
+  parallel_for(partials ? up_size + down_size : 0, int64_t(1) << 14, threads, [&](int64_t from, int64_t to) {
+    for (const Span& span : spans) {
+      if (span.partial < 0) continue;
+      const int64_t e = segments[size_t(span.first)].expert;
+      const float* sum = sums.data() + span.partial * (up_size + down_size);
+      float *up = out.up + e * up_size, *down = out.down + e * down_size - up_size;
+      for (int64_t i = from; i < std::min(to, up_size); ++i) up[i] += sum[i];
+      for (int64_t i = std::max(from, up_size); i < to; ++i) down[i] += sum[i];
     }
   });
 }

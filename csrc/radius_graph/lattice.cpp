@@ -14,7 +14,8 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kSingular = 1e-8;
 // Keeps n - floor + floor within int32.
 constexpr double kMaxCells = 1 << 28;
-constexpr double kMaxImages = 2147483647.0;
+// Images of one graph's points: some gigabytes. More is a distance in the wrong unit, and would fill any memory.
+constexpr double kMaxImages = 1 << 27;
 
 double dot(const double* a, const double* b) { return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]; }
 double norm(const double* a) { return std::hypot(a[0], a[1], a[2]); }
@@ -183,8 +184,9 @@ Images<T> make_images(const Lattice& lattice, const Wrapped& points, const Wrapp
     if (lattice.periodic[k]) total *= high[k] - low[k] + 1;
   }
   if (!(total <= kMaxImages))
-    fail_value("cell: expected fewer than 2^31 periodic images within reach, got about ", total, " (distance ", radius,
-               ", planes ", lattice.spacing[0], ", ", lattice.spacing[1], ", ", lattice.spacing[2], " apart)");
+    fail_value("cell: expected at most 2^27 periodic images of its points within reach, got about ", total,
+               " (distance ", radius, ", planes ", lattice.spacing[0], ", ", lattice.spacing[1], ", ",
+               lattice.spacing[2], " apart)");
   for (size_t j = 0; j < points.floor.size(); ++j) {
     int32_t from[3] = {0, 0, 0}, to[3] = {0, 0, 0};
     for (int k = 0; k < 3; ++k) {

@@ -10,7 +10,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "integrations.md"
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+#: Several processes: tests/nn/test_distributed.py runs it.
+APART = ("expert_parallel.py",)
+EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.py") if path.name not in APART)
 SNIPPETS = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.S)
 FOREIGN = {"lightning": None, "torch_geometric": None, "transformers": "5.0"}
 

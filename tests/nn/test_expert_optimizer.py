@@ -210,6 +210,49 @@ def test_which_parameters_are_stacked() -> None:
     assert [list(p.shape[:1]) for p in expert_parameters(model)] == [[3], [3], [1], [1], [2], [2]]
 
 
+def test_groups_that_are_added_later() -> None:
+    moe, head = layer(), nn.Linear(DIM, 2)
+    optimizer = ExpertOptimizer(MAKERS["adamw"](list(moe.parameters())), expert_parameters(moe))
+    optimizer.add_param_group({"params": list(head.parameters()), "lr": 0.5})
+    before = head.weight.detach().clone()
+    backward(moe, [1], 0)
+    head(torch.ones(1, DIM)).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(before - head.weight, before * 0.05 + 0.5)
+    optimizer.param_groups[1]["lr"] = 0.0
+    before = head.weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(head.weight, before)
+
+
+def test_a_copy_steps_its_own_model() -> None:
+    moe = layer()
+    optimizer = ExpertOptimizer(MAKERS["adamw"](list(moe.parameters())), expert_parameters(moe))
+    backward(moe, [0, 1, 2, 3], 1)
+    optimizer.step()
+    before = copy.deepcopy(moe.state_dict())
+    for p in moe.parameters():
+        p.grad = None
+    other, twin = copy.deepcopy((moe, optimizer))
+    backward(other, [1], 2)
+    twin.step()
+    assert all(torch.equal(v, before[n]) for n, v in moe.state_dict().items())
+    assert not torch.equal(other.experts.up[1], moe.experts.up[1])
+    assert torch.equal(other.experts.up[0], moe.experts.up[0])
+
+
+def test_state_is_loaded_for_where_the_model_is_now() -> None:
+    moe = layer()
+    optimizer = ExpertOptimizer(MAKERS["adamw"](list(moe.parameters())), expert_parameters(moe))
+    backward(moe, [0, 1, 2, 3], 1)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    moe.double()
+    optimizer.load_state_dict(saved)
+    assert all(v.dtype == torch.float64 for t in slices(optimizer, moe.experts.up, 1)[1:] for v in [t] if v.dim())
+    optimizer.step()
+
+
 def test_bad_arguments() -> None:
     moe, other = layer(), layer()
     with pytest.raises(ValueError, match=r"stacked: expected parameters of the optimizer, got another at 0 of shape"):

@@ -86,6 +86,40 @@ def test_mixed_routing_adds_what_the_router_learned(renormalize: bool) -> None:
         torch.testing.assert_close(got, expected)
 
 
+def test_a_single_learned_slot_keeps_its_score() -> None:
+    """Divided by itself it would be 1, and the router would learn nothing."""
+    x, ids = tokens(), torch.arange(T) % E
+    for moe, forced in ((make(k=1), None), (make(routing="mixed", k=2), ids)):
+        assert moe.router is not None
+        assert not moe.router.renormalize
+        moe(x, forced_experts=forced).output.square().sum().backward()
+        assert float(moe.router.weight.grad.abs().max()) > 0  # type: ignore[union-attr]
+    assert make(k=2).router.renormalize  # type: ignore[union-attr]
+
+
+def test_mixed_routing_scales_and_sums_what_is_used() -> None:
+    moe, x = make(routing="mixed", k=3, renormalize=True, scale=2.5), tokens()
+    gating = moe(x, forced_experts=torch.arange(T) % E).gating
+    torch.testing.assert_close(gating.weights[:, 1:].sum(1), torch.full((T,), 2.5, dtype=torch.float64))
+    want = torch.zeros(E, dtype=torch.float64)
+    for ids, weights in zip(gating.experts.tolist(), gating.weights.tolist(), strict=True):
+        for e, w in zip(ids, weights, strict=True):
+            want[e] += w
+    torch.testing.assert_close(gating.weight_sum, want)
+
+
+def test_a_layer_made_on_meta_can_be_reset() -> None:
+    with torch.device("meta"):
+        moe = MoE(H, 7, E, 2, bias_rate=0.1)
+    moe.to_empty(device="cpu")
+    for module in moe.modules():
+        if isinstance(module, (Experts, Router)):
+            module.reset_parameters()
+    output = moe(torch.randn(5, H)).output
+    assert output.isfinite().all()
+    assert float(output.detach().abs().max()) > 0
+
+
 def test_mixed_routing_leaves_padding_out() -> None:
     moe, x = make(routing="mixed"), tokens()
     mask = torch.arange(T) != 5
@@ -236,5 +270,8 @@ def test_bad_forced_experts() -> None:
         make(routing="forced")(x, forced_experts=torch.zeros(T, dtype=torch.int64))
     with pytest.raises(TypeError, match="forced_experts: expected dtype int32, int64, got float32"):
         make(routing="forced", k=1)(x, forced_experts=torch.zeros(T))
-    with pytest.raises((ValueError, RuntimeError), match="5"):
-        make(routing="forced", k=1)(x, forced_experts=torch.full((T,), 5))
+    for wrong in (5, 2**32 + 3, -2):
+        with pytest.raises(ValueError, match="experts: expected ids in"):
+            make(routing="forced", k=1)(x, forced_experts=torch.full((T,), wrong))
+    with pytest.raises(ValueError, match=r"mask: expected shape \[40\], got \[1\]"):
+        make(routing="forced", k=1)(x, mask=torch.tensor([False]), forced_experts=torch.zeros(T, dtype=torch.int64))

@@ -71,6 +71,37 @@ def test_gradients_of_both_orders(activation: str) -> None:
     assert torch.autograd.gradgradcheck(lambda *t: expert_ffn(*t, offsets, activation), leaves)
 
 
+@pytest.mark.parametrize("ffn", [expert_ffn, expert_ffn_reference])
+def test_second_order_where_one_argument_depends_on_another(ffn: Any) -> None:
+    """The experts applied twice, and tied weights: what the engine adds is not added here."""
+    x, up, down, offsets = problem("relu", [2, 3])
+
+    def gradients(create_graph: bool) -> list[Tensor]:
+        middle = ffn(x, up, down, offsets, "relu")
+        y = ffn(middle, up, up.transpose(1, 2), offsets, "relu").square().sum()
+        return list(torch.autograd.grad(y, [middle, up, down, x], create_graph=create_graph))
+
+    want = gradients(False)
+    got = gradients(True)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-12)
+    assert all(g.requires_grad for g in got)
+
+
+def test_strided_input_compiles() -> None:
+    x, up, down, offsets = problem("swiglu", [2, 3], dtype=torch.float32)
+    strided = x.detach().t().contiguous().t().requires_grad_()
+    compiled = torch.compile(lambda x: expert_ffn(x, up, down, offsets).square().sum(), fullgraph=True)
+    (got,) = torch.autograd.grad(compiled(strided), [strided])
+    (want,) = torch.autograd.grad(expert_ffn(x, up, down, offsets).square().sum(), [x])
+    torch.testing.assert_close(got, want)
+
+
+def test_meta_tensors() -> None:
+    x, up, down, offsets = (t.detach().to("meta") for t in problem("swiglu", [2, 3]))
+    assert expert_ffn(x, up, down, offsets).shape == (5, 6)
+
+
 def test_only_what_is_asked_for_is_differentiated() -> None:
     x, up, down, offsets = problem("swiglu", [2, 3])
     want = torch.autograd.grad(expert_ffn(x, up, down, offsets).sum(), [x, up, down])
@@ -119,6 +150,12 @@ def test_autocast_runs_in_its_dtype() -> None:
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert all(t.grad is not None and t.grad.dtype == torch.float32 for t in leaves)
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    *leaves, offsets = problem("swiglu", [4, 4])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert expert_ffn(*leaves, offsets).dtype == torch.float64
 
 
 def test_recompute_keeps_no_hidden_features() -> None:

@@ -115,9 +115,9 @@ def with_row(value: float) -> Tensor:
             for c in (torch.ones(3, 3), torch.zeros(3, 3), EYE * torch.tensor([1.0, 1, 0]))
         ),
         (lambda: moeyard.radius_graph(P, 1.0, cell=EYE * NAN), ValueError, "cell: expected finite vectors"),
-        (lambda: moeyard.radius_graph(P, 1.0, cell=EYE * 1e-4), ValueError, r"cell: expected fewer than 2\^31"),
-        (lambda: moeyard.radius_graph(P, 1e9, cell=EYE), ValueError, r"cell: expected fewer than 2\^31"),
-        (lambda: moeyard.knn_graph(P, 10**12, cell=EYE), ValueError, r"cell: expected fewer than 2\^31"),
+        (lambda: moeyard.radius_graph(P, 1.0, cell=EYE * 1e-4), ValueError, r"cell: expected at most 2\^27"),
+        (lambda: moeyard.radius_graph(P, 1e9, cell=EYE), ValueError, r"cell: expected at most 2\^27"),
+        (lambda: moeyard.knn_graph(P, 10**12, cell=EYE), ValueError, r"cell: expected at most 2\^27"),
         (lambda: moeyard.radius_graph(P * 1e30, 1.0, cell=EYE), ValueError, r"pos: .* within 2\^28 cells"),
         (lambda: moeyard.radius_graph(P * 1e7, 1.0, cell=EYE), ValueError, r"pos: expected coordinates near enough"),
     ],
@@ -275,3 +275,13 @@ def test_graphs_of_the_backward_are_checked(second: bool) -> None:
     else:
         assert op(*beyond.values())[2][1].abs().sum() == 0
         assert op(*{**good, "cell_shape": [0, 3, 3]}.values())[2].shape == (0, 3, 3)
+
+
+def test_more_periodic_images_than_memory_holds() -> None:
+    """A distance in the wrong unit is an error at once, not a search that ends with the machine's memory."""
+    points, cell = torch.rand(5, 3), torch.eye(3) * 5
+    for pbc in ([False, True, False], [True, True, True]):
+        with pytest.raises(
+            ValueError, match=r"cell: expected at most 2\^27 periodic images of its points within reach"
+        ):
+            moeyard.radius_graph(points, 1e9, cell=cell, pbc=torch.tensor(pbc))

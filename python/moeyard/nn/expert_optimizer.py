@@ -32,15 +32,16 @@ class ExpertOptimizer(torch.optim.Optimizer):
     and under recomputation, without a word between ranks. (An expert whose tokens all had a zero gradient is idle too.)
 
     Args:
-        optimizer: any optimizer over the model's parameters. Use the wrapper from here on: schedulers, clipping,
-            `GradScaler` and checkpoints see the parameters and options that they expect.
+        optimizer: any optimizer over the model's parameters that steps without a closure of its own. Use the wrapper
+            from here on: schedulers, clipping and `GradScaler` see the parameters and options that they expect.
         stacked: the parameters whose first dimension counts experts. Under FSDP2, which shards that dimension, the
             wrapper is made after `fully_shard`, and each rank steps the experts that it holds.
 
     Raises:
         ValueError: a stacked parameter that the optimizer does not have; an optimizer that has already stepped.
 
-    The state dict is that of the inner optimizer, with E entries for a stacked parameter.
+    The state dict is that of the inner optimizer, with E entries for a stacked parameter: `state_dict` and
+    `load_state_dict` go together, the helpers of torch.distributed.checkpoint do not know these entries.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, stacked: Iterable[nn.Parameter]) -> None:
@@ -72,6 +73,17 @@ class ExpertOptimizer(torch.optim.Optimizer):
                 self.inner.param_groups.append({**group, "params": params})
                 self._groups.append(mine)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters that are stepped as they are."""
+        super().add_param_group(param_group)
+        if hasattr(self, "_groups"):  # else this is the base class at work in the constructor
+            mine = self.param_groups[-1]
+            self.inner.add_param_group(dict(mine))
+            self._groups.append(mine)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step of the inner optimizer, on the experts that have a gradient."""
@@ -91,7 +103,14 @@ class ExpertOptimizer(torch.optim.Optimizer):
         for mine, inner in zip(self._groups, self.inner.param_groups, strict=True):
             inner.update({name: value for name, value in mine.items() if name != "params"})
 
+    def _follow_memory(self) -> None:
+        """Whoever moved a parameter's memory (`module.to`, `p.data = ...`) moved its slices too."""
+        for parameter, rows in self._rows:
+            for row, value in zip(rows, _local(parameter).detach(), strict=True):
+                row.data = value
+
     def _hand_gradients_over(self) -> None:
+        self._follow_memory()
         busy: list[Tensor | None] = []
         for parameter, _ in self._rows:
             grad = None if parameter.grad is None else _local(parameter.grad)
@@ -99,10 +118,7 @@ class ExpertOptimizer(torch.optim.Optimizer):
         for (parameter, rows), rows_busy in zip(self._rows, busy, strict=True):
             if rows_busy is None:
                 continue
-            values, grads = _local(parameter).detach(), _local(parameter.grad)
-            for row, value, grad, wanted in zip(rows, values, grads, rows_busy.tolist(), strict=True):
-                # Whoever moved the parameter's memory (`module.to`, `p.data = ...`) moved its slices too.
-                row.data = value
+            for row, grad, wanted in zip(rows, _local(parameter.grad), rows_busy.tolist(), strict=True):
                 row.grad = grad if wanted else None
 
     def state_dict(self) -> dict[str, Any]:
@@ -110,6 +126,7 @@ class ExpertOptimizer(torch.optim.Optimizer):
         return self.inner.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._follow_memory()
         self.inner.load_state_dict(state_dict)
         self.state = self.inner.state
         for mine, inner in zip(self._groups, self.inner.param_groups, strict=True):

@@ -46,7 +46,9 @@ class MoE(nn.Module):
         capacity_factor: an expert takes at most this many times its even share T*k/E, rounded up; None: no limit.
         drop: whom a full expert turns away: the latest tokens ("position") or the lightest ("weight").
         recompute: see `expert_ffn`.
-        renormalize, **router: options of `Router`.
+        renormalize: divide the learned weights by their sum. None: where there are two or more; of a single one nothing
+            would be left but a 1, from which the router learns nothing.
+        **router: further options of `Router`.
 
     Determinism: that of the matrix products; routing and permutation are bit-identical for any number of threads.
     Autocast: the router stays in float32, the experts' products follow autocast.
@@ -67,7 +69,7 @@ class MoE(nn.Module):
         capacity_factor: float | None = None,
         drop: str = "position",
         recompute: bool = False,
-        renormalize: bool = True,
+        renormalize: bool | None = None,
         **router: Any,
     ) -> None:
         super().__init__()
@@ -83,8 +85,11 @@ class MoE(nn.Module):
         self.capacity_factor, self.drop = capacity_factor, drop
         if routing == "forced" and router:
             raise ValueError(f"{next(iter(router))}: expected no router option with routing='forced'")
-        gate = None if routing == "forced" else Router(dim, num_experts, k, renormalize=renormalize, **router)
-        self.router = gate
+        self.router = None
+        if routing != "forced":
+            learned = k if routing == "learned" else k - 1
+            renormalize = learned > 1 if renormalize is None else renormalize
+            self.router = Router(dim, num_experts, k, renormalize=renormalize, **router)
         self.experts = Experts(num_experts, dim, hidden, activation=activation, recompute=recompute)
         self.shared = None
         if shared_hidden:
@@ -102,7 +107,8 @@ class MoE(nn.Module):
 
         Args:
             x: [...,H]; the leading dimensions are flattened to T tokens.
-            mask: [T] bool, False = padding: output 0, in no statistic.
+            mask: [T] bool, False = padding: output 0, in no statistic. Padding must be finite: 0 times NaN would still
+                reach the gradients of the weights.
             forced_experts: integer ids. "learned": [T] for slot 0 or [T,k], -1 = choose freely (router replay).
                 "mixed": the same, and needed. "forced": [T] (with k = 1) or [T,k], needed; -1 = no expert.
             forced_weights: "score" or "one", see `topk_gating`; for "learned" routing.
@@ -126,7 +132,7 @@ class MoE(nn.Module):
         if self.shared is not None:
             everyone = torch.full((1,), tokens.shape[0], dtype=torch.int32, device=x.device)
             shared = self.shared(tokens, everyone)
-            output = output + (shared if mask is None else shared * mask[:, None])
+            output = output + (shared if mask is None else shared.masked_fill(~mask[:, None], 0))
         return MoEOutput(output.reshape(x.shape), gating, plan.dropped)
 
     def _gate(self, tokens: Tensor, mask: Tensor | None, forced: Tensor | None, forced_weights: str) -> Gating:
@@ -140,20 +146,29 @@ class MoE(nn.Module):
             return gating
         residual = gating.weights[:, 1:]
         if self.router.renormalize:
-            residual = residual / residual.sum(1, keepdim=True).clamp(min=torch.finfo(residual.dtype).tiny)
+            total = residual.sum(1, keepdim=True).clamp(min=torch.finfo(residual.dtype).tiny)
+            residual = self.router.scale * residual / total
         first = (gating.experts[:, :1] >= 0).to(residual.dtype)
-        return gating._replace(weights=torch.cat([first, residual], dim=1))
+        weights = torch.cat([first, residual], dim=1)
+        chosen = gating.experts.clamp(min=0).long().flatten()  # padding weighs nothing
+        weight_sum = torch.zeros_like(gating.weight_sum).scatter_add(0, chosen, weights.flatten())
+        return gating._replace(weights=weights, weight_sum=weight_sum)
 
     def _forced_gating(self, tokens: Tensor, mask: Tensor | None, forced: Tensor) -> Gating:
         """A gating in which everything is the caller's choice."""
         _check.dtype("forced_experts", forced, [torch.int32, torch.int64])
         experts = forced.unsqueeze(1) if forced.dim() == 1 else forced
         _check.shape("forced_experts", experts, [tokens.shape[0], self.k])
-        experts = experts.int() if mask is None else experts.int().masked_fill(~mask[:, None], -1)
+        # What does not fit into 32 bits stays out of range, for the plan to refuse.
+        experts = experts.clamp(-2, 2**31 - 1).int()
+        if mask is not None:
+            _check.dtype("mask", mask, [torch.bool])
+            _check.shape("mask", mask, [tokens.shape[0]])
+            experts = experts.masked_fill(~mask[:, None], -1)
         dtype = torch.float64 if tokens.dtype == torch.float64 else torch.float32
         weights = (experts >= 0).to(dtype) / self.k
         # One more column takes the -1s. Not bincount, whose size a compiler cannot know.
-        slots = torch.where(experts < 0, self.num_experts, experts).flatten().long()
+        slots = torch.where(experts < 0, self.num_experts, experts).clamp(max=self.num_experts).flatten().long()
         counts = slots.new_zeros(self.num_experts + 1).scatter_add_(0, slots, torch.ones_like(slots))
         counts = counts[: self.num_experts].int()
         share, zero = counts.to(dtype) / self.k, weights.new_zeros(())

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -60,10 +62,18 @@ class Router(nn.Module):
             raise ValueError(f"bias_rate: expected None or a positive finite number, got {bias_rate}")
         self.num_experts, self.k, self.score, self.renormalize = num_experts, k, score, renormalize
         self.scale, self.num_groups, self.topk_groups, self.bias_rate = scale, num_groups, topk_groups, bias_rate
-        # Small initial logits: an even start, so that no expert wins by the draw of the weights (Switch, section 2.4).
-        self.weight = nn.Parameter(torch.empty(num_experts, dim).normal_(std=0.1 * dim**-0.5))
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.register_buffer("selection_bias", None if bias_rate is None else torch.zeros(num_experts))
-        self.register_buffer("load", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
+        # No buffer: DDP would overwrite what the ranks have counted with rank 0's.
+        self.load = torch.zeros(num_experts, dtype=torch.int64)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        # Small initial logits: an even start, so that no expert wins by the draw of the weights (Switch, section 2.4).
+        nn.init.normal_(self.weight, std=0.1 * self.weight.shape[1] ** -0.5)
+        if self.selection_bias is not None:
+            nn.init.zeros_(self.selection_bias)
+        self.load = torch.zeros(self.num_experts, dtype=torch.int64, device=self.weight.device)
 
     def forward(
         self,
@@ -86,7 +96,7 @@ class Router(nn.Module):
         """
         if x.shape[-1:] != self.weight.shape[1:]:
             raise ValueError(f"x: expected {self.weight.shape[1]} features in the last dimension, got {list(x.shape)}")
-        with torch.autocast(x.device.type, enabled=False):
+        with _no_autocast(x.device.type):
             dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
             logits = nn.functional.linear(x.to(dtype), self.weight.to(dtype))
             gating = topk_gating(
@@ -103,7 +113,7 @@ class Router(nn.Module):
                 forced_weights=forced_weights,
             )
         if self.training and self.selection_bias is not None:
-            self.load += gating.counts
+            self.load = self.load.to(gating.counts.device) + gating.counts.detach()
         return gating
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
@@ -115,19 +125,23 @@ class Router(nn.Module):
         return self
 
     @torch.no_grad()
-    def update_selection_bias(self) -> None:
+    def update_selection_bias(self, group: distributed.ProcessGroup | None = None) -> None:
         """Lowers the bias of experts above the mean load since the last call and raises the others', by `bias_rate`.
 
-        Call it after every optimizer step. Where torch.distributed is initialised, the loads of all ranks are added
-        first, so that every rank keeps the same bias. Without `bias_rate` nothing happens.
+        Call it after every optimizer step. Where torch.distributed is initialised, the loads of all ranks of `group`
+        (None: of all) are added first, so that every rank keeps the same bias. Without `bias_rate` nothing happens.
         """
         if self.selection_bias is None or self.bias_rate is None:
             return
         if distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(self.load)
+            distributed.all_reduce(self.load, group=group)
         load = self.load.double()
-        self.selection_bias += self.bias_rate * torch.sign(load.mean() - load).to(self.selection_bias.dtype)
+        self.selection_bias += self.bias_rate * torch.sign(load.mean() - load).to(self.selection_bias)
         self.load.zero_()
 
     def extra_repr(self) -> str:
         return f"dim={self.weight.shape[1]}, num_experts={self.num_experts}, k={self.k}, score={self.score!r}"
+
+
+def _no_autocast(device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

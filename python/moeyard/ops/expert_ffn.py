@@ -59,16 +59,19 @@ def expert_ffn(
         [R,H]; rows past the last offset are zero, and so is their gradient.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes or devices that do not fit; offsets that decrease or leave [0, R].
+        TypeError, ValueError: dtypes, shapes or devices that do not fit; on the CPU, offsets that decrease or leave
+            [0, R].
 
-    Determinism: that of torch's matrix products. Autocast: runs in the autocast dtype. Gradient: any order.
+    Determinism: that of torch's matrix products; own kernels give the same bits for any number of threads.
+    Autocast: runs in the autocast dtype, but for float64. Gradient: any order.
     Source: Shazeer 2020, "GLU variants improve Transformer" (arXiv:2002.05202).
     """
     for name, value in (("x", x), ("up", up), ("down", down)):
         _check.tensor(name, value)
     _check.flag("recompute", recompute)
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if on and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         x, up, down = x.to(dtype), up.to(dtype), down.to(dtype)
     keep = not recompute and torch.is_grad_enabled() and any(t.requires_grad for t in (x, up, down))
@@ -225,7 +228,7 @@ def _backward_cpu(
         return _loop_backward(grad, *arguments)
     x, grad, hidden, offsets = x.contiguous(), grad.contiguous(), hidden.contiguous(), offsets.contiguous()
     nothing = x.new_empty(0)
-    grad_x = torch.empty_like(x) if for_x else nothing
+    grad_x = x.new_empty(x.shape) if for_x else nothing
     grad_up, grad_down = (w.new_empty(w.shape) if for_weights else nothing for w in (up, down))
     problem = _problem(x, up, down, offsets, activation)
     kept = hidden.data_ptr() if hidden.dim() == 2 else 0
@@ -247,7 +250,7 @@ def _loop_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, block = x.shape[0], min(x.shape[0], _BLOCK)
     grad = grad.contiguous()
-    grad_x = torch.empty_like(x) if for_x else x.new_empty(0)
+    grad_x = x.new_empty(x.shape if for_x else 0)
     grad_up, grad_down = (w.new_empty(w.shape if for_weights else 0) for w in (up, down))
     active, grad_active = x.new_empty(2, block, down.shape[1])
     recomputed, grad_hidden = x.new_empty(2, block, up.shape[2])
@@ -288,7 +291,10 @@ def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
 
 def _takes_grouped_mm(x: Tensor, up: Tensor, down: Tensor) -> bool:
     """bfloat16, and every row a multiple of 16 bytes: what the kernel of torch 2.10 and later asks for."""
-    fits = all(size % 8 == 0 for size in (*up.shape[1:], *down.shape[1:]))
+    fits = all(
+        w.numel() and w.data_ptr() % 16 == 0 and all(s == 1 or s % 8 == 0 for s in (*w.stride(), *w.shape[1:]))
+        for w in (up, down)
+    )
     return x.dtype == torch.bfloat16 and fits and hasattr(nn.functional, "grouped_mm")
 
 
@@ -364,7 +370,7 @@ def _backward_fake(
     _validate_backward(grad, x, up, down, hidden, offsets, activation)
     nothing = x.new_empty(0)
     weights = (up.new_empty(up.shape), down.new_empty(down.shape)) if for_weights else (nothing, nothing)
-    return torch.empty_like(x) if for_x else nothing, *weights
+    return x.new_empty(x.shape) if for_x else nothing, *weights
 
 
 class _Gradient(Gradient):
@@ -379,6 +385,8 @@ class _Gradient(Gradient):
         x, up, down, offsets, hidden = ctx.saved_tensors
         for_x, for_up, for_down = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # create_graph: the derivative must have one itself
+            # Copies in the graph's eyes: one of the three may itself depend on another, whose part the engine adds.
+            x, up, down = (t.view_as(t) for t in (x, up, down))
             wanted = [t for t, needed in zip((x, up, down), ctx.needs_input_grad, strict=False) if needed]
             y = expert_ffn_reference(x, up, down, offsets, ctx.activation)
             found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))

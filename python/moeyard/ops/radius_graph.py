@@ -98,8 +98,8 @@ def radius_graph(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes, devices, unsorted `batch`, `ptr` that is no partition, both of them, non-finite coordinates
-            or cells, singular cells, r not in (0, inf) or with a square that the dtype cannot hold, `half` with
-            `max_num_neighbors`, `pbc` without `cell`.
+            or cells, singular cells, more than 2^27 periodic images of a graph's points within reach, r not in (0, inf)
+            or with a square that the dtype cannot hold, `half` with `max_num_neighbors`, `pbc` without `cell`.
 
     Determinism: bit-identical for any thread count and SIMD level. Autocast: `pos` keeps its dtype. Gradient:
     `distance` and `vector` to `pos` and `cell`, twice; the distance of coincident points has gradient 0.
