@@ -265,7 +265,7 @@ def test_native_products(dim: int, hidden: int, activation: str, recompute: bool
 
 @native
 @pytest.mark.parametrize("counts", [[9000, 3], [0, 2500, 2600], [700] * 13])
-def test_native_products_of_many_rows(counts: list[int], on_native: list[str]) -> None:
+def test_threads_and_many_rows(counts: list[int], on_native: list[str]) -> None:
     """Several segments and sums of gradients for one expert; the same bits for any number of threads."""
     torch.manual_seed(0)
     x, seed = torch.randn(sum(counts) + 5, 24), torch.randn(sum(counts) + 5, 24)
