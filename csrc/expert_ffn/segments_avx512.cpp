@@ -37,7 +37,11 @@ class Pieces {
   float* next_;
 };
 
-int64_t padded(int64_t columns) { return (columns + kTile - 1) / kTile * kTile; }
+/// Numbers of the panel and of the tiles that the backward of `rows` rows uses, each for several matrices in turn.
+int64_t backward_panel(const ExpertFfn& q, int64_t rows) { return std::max({q.dim, q.width(), rows}) * kPanel; }
+int64_t backward_tiles(const ExpertFfn& q, int64_t rows) {
+  return (std::max(q.hidden, q.dim) + kTile - 1) / kTile * kTile * rows;
+}
 
 /// Matrix e of a stack from column `from` on, and its transpose from row `from` on.
 Right columns_of(const Weights& w, int64_t e, int64_t from) {
@@ -113,9 +117,8 @@ void forward_segment(const ExpertFfn& q, const Segment& s, float* y, float* hidd
 }
 
 int64_t backward_scratch(const ExpertFfn& q, int64_t rows) {
-  const int64_t panel = std::max({q.dim, q.width(), rows}) * kPanel;
-  const int64_t tiles = std::max(padded(q.hidden), padded(q.dim)) * rows;
-  return (q.swiglu ? 2 : 1) * q.dim * kPanel + 3 * kTile * kPanel + panel + rows * q.width() + tiles;
+  return (q.swiglu ? 2 : 1) * q.dim * kPanel + 3 * kTile * kPanel + backward_panel(q, rows) + rows * q.width() +
+         backward_tiles(q, rows);
 }
 
 void backward_segment(const ExpertFfn& q, const Segment& s, const float* grad, const float* hidden,
@@ -124,9 +127,8 @@ void backward_segment(const ExpertFfn& q, const Segment& s, const float* grad, c
   FirstProduct first(q, s, pieces);
   const int64_t rows = s.end - s.begin, width = q.width();
   float *tile_h = pieces.take(2 * kTile * kPanel), *grad_active = pieces.take(kTile * kPanel);
-  float* panel = pieces.take(std::max({q.dim, width, rows}) * kPanel);
-  float *grad_hidden = pieces.take(rows * width),
-        *tiles = pieces.take(std::max(padded(q.hidden), padded(q.dim)) * rows);
+  float *panel = pieces.take(backward_panel(q, rows)), *tiles = pieces.take(backward_tiles(q, rows));
+  float* grad_hidden = pieces.take(rows * width);
   const float *x = q.x + s.begin * q.dim, *dy = grad + s.begin * q.dim;
   for (int64_t j = 0; j < q.hidden; j += kPanel) {
     const int64_t columns = std::min(kPanel, q.hidden - j);

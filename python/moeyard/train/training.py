@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,19 +147,13 @@ def _finish(run: Run, result: FitResult, processes: Processes) -> TrainResult:
     report = None
     if processes.first:
         run.end(status, steps=result.steps, reason=result.reason, best=result.best, warnings=result.warnings)
-        report = write_report(run.folder)
+        from moeyard.train.report import write_report  # matplotlib: only a run that has come to its end waits for it
+
+        with clear_disk_errors(f"the report into {run.folder}"):
+            report = write_report(run.folder)
     return TrainResult(
         run.folder, status, result.steps, result.reason, best=result.best, warnings=result.warnings, report=report
     )
-
-
-def write_report(folder: Path) -> Path | None:
-    """The run's report.html, where this installation can draw one."""
-    if importlib.util.find_spec("moeyard.train.report") is None:
-        return None
-    with clear_disk_errors(f"the report into {folder}"):
-        path: Path = importlib.import_module("moeyard.train.report").write_report(folder)
-    return path
 
 
 def evaluate_run(run: Run, *, kind: str = "best", progress: Progress | None = None) -> tuple[int, dict[str, float]]:
