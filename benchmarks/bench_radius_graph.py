@@ -210,7 +210,7 @@ def bench_linear(suite: Suite, case: int) -> None:
 @cases(False, True)
 def bench_real_proteins(suite: Suite, case: bool) -> None:
     name = "radius_graph edges" + (", distances and vectors" if case else "")
-    points = _data.real_proteins()
+    points = "not in a quick run" if suite.quick else _data.real_proteins()
     if isinstance(points, str):
         suite.record(f"{name}: real proteins", None, "ms", note=f"not measured: {points}")
         return
