@@ -337,6 +337,16 @@ class TestReport:
         assert "torch: not installed" in page
         assert (results / "results" / "some-machine" / "ratios.png").stat().st_size < 100_000
 
+    def test_one_loss_among_many_rows_is_orange(self, tmp_path: Path) -> None:
+        pytest.importorskip("matplotlib")
+        image = pytest.importorskip("PIL.Image")
+        rows = [row() for _ in range(110)] + [row(ratio=0.9, holds=False)]
+        report.plot({"topk_gating": {"rows": rows}}, tmp_path / "ratios.png")
+        picture = image.open(tmp_path / "ratios.png").convert("RGB")
+        colours = {colour for _, colour in picture.getcolors(1 << 20)}
+        for wanted in ((0xD1, 0x66, 0x1B), (0x2B, 0x6C, 0xA3)):
+            assert min(sum(abs(a - b) for a, b in zip(colour, wanted)) for colour in colours) < 30
+
     def test_a_changed_figure_is_noticed(self, results: Path) -> None:
         pytest.importorskip("matplotlib")
         report.main(self.arguments(results))
