@@ -27,6 +27,8 @@ _SCHEMA = (
     "bool centre_is_source, bool geometry, SymInt? max_edges) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+_FLOATS = (torch.float32, torch.float64)
+_IDS = (torch.int64, torch.int32)
 _FLOWS = ("source_to_target", "target_to_source")
 _MAX_POINTS = 2**31 - 1
 _MAX_EDGES = 2**48
@@ -219,7 +221,8 @@ def _validate(
     _validate_set(pos, batch, ptr, "x" if two_sets else "pos", "_x" if two_sets else "")
     if centres is not None:
         _validate_set(centres, batch_centres, ptr_centres, "y", "_y")
-        _check.dtype("y", centres, (pos.dtype,))
+        if centres.dtype != pos.dtype:
+            _check.dtype("y", centres, (pos.dtype,))
         if symmetric or half or k is not None:
             raise ValueError("centres: expected one set of points with symmetric, half or k, got two")
     elif batch_centres is not None or ptr_centres is not None:
@@ -232,9 +235,12 @@ def _validate(
             raise ValueError("pbc: expected a cell with it, got cell None")
         _check.dtype("pbc", pbc, (torch.bool,))
         _check.shape("pbc", pbc, ["G", 3] if pbc.dim() == 2 else [3])
-    _check.integer("k", k, minimum=1, optional=True)
-    _check.integer("max_num_neighbors", max_num_neighbors, minimum=1, optional=True)
-    _check.integer("max_edges", max_edges, minimum=0, optional=True)
+    if k is not None:
+        _check.integer("k", k, minimum=1, optional=True)
+    if max_num_neighbors is not None:
+        _check.integer("max_num_neighbors", max_num_neighbors, minimum=1, optional=True)
+    if max_edges is not None:
+        _check.integer("max_edges", max_edges, minimum=0, optional=True)
     if k is not None and (symmetric or half or max_num_neighbors is not None):
         raise ValueError("k: expected no symmetric, half or max_num_neighbors with it, got one")
     if half and max_num_neighbors is not None:
@@ -242,25 +248,18 @@ def _validate(
 
 
 def _validate_set(pos: Tensor, batch: Tensor | None, ptr: Tensor | None, name: str, suffix: str) -> None:
-    _check.dtype(name, pos, (torch.float32, torch.float64))
+    _check.dtype(name, pos, _FLOATS)
     _check.shape(name, pos, ("N", 3))
     if batch is not None and ptr is not None:
         raise ValueError(f"batch{suffix}, ptr{suffix}: expected at most one of them, got both")
     if batch is not None:
-        _check.dtype(f"batch{suffix}", batch, (torch.int64, torch.int32))
+        _check.dtype(f"batch{suffix}", batch, _IDS)
         _check.shape(f"batch{suffix}", batch, [pos.shape[0]])
     if ptr is not None:
-        _check.dtype(f"ptr{suffix}", ptr, (torch.int64, torch.int32))
+        _check.dtype(f"ptr{suffix}", ptr, _IDS)
         _check.rank(f"ptr{suffix}", ptr, ("G + 1",))
         if ptr.shape[0] == 0:
             raise ValueError(f"ptr{suffix}: expected at least one entry, got none")
-
-
-def _count(name: str, xyz: Tensor) -> int:
-    count = xyz.shape[0]
-    if count > _MAX_POINTS:
-        raise ValueError(f"{name}: expected at most 2^31 - 1 points, got {count}")
-    return count
 
 
 # ---- implementations ------------------------------------------------------------------------------------------------
@@ -276,8 +275,10 @@ def _cpu(
         pos, centres, k, batch, batch_centres, ptr, ptr_centres, cell, pbc, max_num_neighbors, symmetric, half,
         max_edges,
     )  # fmt: skip
-    count = _count("pos" if centres is None else "x", pos)
-    count_centres = 0 if centres is None else _count("y", centres)
+    count, count_centres = pos.shape[0], 0 if centres is None else centres.shape[0]
+    if count > _MAX_POINTS or count_centres > _MAX_POINTS:
+        name = "pos" if centres is None else "x" if count > _MAX_POINTS else "y"
+        raise ValueError(f"{name}: expected at most 2^31 - 1 points, got {max(count, count_centres)}")
     if max_edges is not None and max_edges > _MAX_EDGES:
         raise ValueError(f"max_edges: expected at most 2^48, got {max_edges}")
     cpu, threads, code = _native.cpu, torch.get_num_threads(), DTYPE_CODE[pos.dtype]
