@@ -345,7 +345,7 @@ class TestReport:
         picture = image.open(tmp_path / "ratios.png").convert("RGB")
         colours = {colour for _, colour in picture.getcolors(1 << 20)}
         for wanted in ((0xD1, 0x66, 0x1B), (0x2B, 0x6C, 0xA3)):
-            assert min(sum(abs(a - b) for a, b in zip(colour, wanted)) for colour in colours) < 30
+            assert min(sum(abs(a - b) for a, b in zip(colour, wanted, strict=True)) for colour in colours) < 30
 
     def test_a_changed_figure_is_noticed(self, results: Path) -> None:
         pytest.importorskip("matplotlib")
