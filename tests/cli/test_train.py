@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -251,6 +255,36 @@ def test_a_full_disk_keeps_the_checkpoint_before(
     assert "No space left" in found.info["error"]
     assert main(command(tmp_path / "run")) == 0
     assert curve(found.folder) == curve(whole.folder)
+
+
+@pytest.mark.parametrize(
+    "share", [pytest.param(0.1, marks=pytest.mark.slow), 0.5, pytest.param(0.8, marks=pytest.mark.slow)]
+)
+def test_a_disk_that_fills_up(tmp_path: Path, share: float) -> None:
+    """A real file system without room for the whole run: it stops with a message, and ends like any other once there
+    is room."""
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    disk.mkdir(), kept.mkdir()
+    namespace = ["unshare", "--user", "--map-root-user", "--mount"]
+    mount = f"mount -t tmpfs -o size=1m tmpfs {disk}"
+    if not shutil.which("unshare") or subprocess.run([*namespace, "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("no file system of one's own: needs unshare and user namespaces")
+    whole = run(tmp_path / "whole")
+    room = int(share * sum(path.stat().st_size for path in whole.folder.rglob("*") if path.is_file()))
+    train = shlex.join([sys.executable, "-m", "moeyard", *command(disk)])
+    script = f"""
+        {mount} && mount -o remount,size={room} {disk} || exit 90
+        {train} && exit 91
+        [ $? = 2 ] || exit 92
+        mount -o remount,size=64m {disk} && {train} && cp -r {disk}/. {kept}
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*namespace, "sh", "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (error,) = done.stderr.strip().splitlines()
+    assert error.startswith("moeyard: cannot write ")
+    assert error.endswith(": No space left on device")
+    assert curve(only(kept).folder) == curve(whole.folder)
 
 
 def test_a_time_limit_is_no_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
