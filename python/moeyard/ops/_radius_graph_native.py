@@ -31,6 +31,8 @@ def ids(x: Tensor | None) -> Tensor | None:
 def point_set(xyz: Tensor | None, count: int, batch: Tensor | None, ptr: Tensor | None) -> Any:
     """The native PointSet of `count` points; without `xyz` it names sizes and graphs only. All tensors are contiguous
     and outlive it, as below."""
+    if batch is None and ptr is None:  # one graph, often a small one: calls cost more than the comparison
+        return _native.cpu.PointSet(given(xyz), count, 0, 0, 0)
     graphs = 0 if ptr is None else ptr.shape[0] - 1
     return _native.cpu.PointSet(given(xyz), count, given(batch), given(ptr), graphs)
 
