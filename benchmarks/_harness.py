@@ -219,7 +219,7 @@ class Suite:
                 fastest = min(once[peer.name] for peer in timed)
                 timed = [peer for peer in timed if once[peer.name] <= 3 * fastest]
             sides = {"": ours} | {peer.name: peer.call for peer in timed if peer.call is not None}
-            times = self._interleave(sides, inputs, once)
+            times = self._interleave(sides, inputs, once, self.rounds, WARM_UP_SECONDS if threads > 1 else 0.0)
         for name, seconds in once.items():
             times.setdefault(name, Times([seconds]))
         mine = times.pop("")
@@ -276,7 +276,7 @@ class Suite:
             for side in sides.values():
                 side(inputs[0])  # the first call warms up
             once = {name: self._time_once(side, inputs[0]) for name, side in sides.items()}
-            times = self._interleave(sides, inputs, once, 4 * self.rounds)
+            times = self._interleave(sides, inputs, once, 4 * self.rounds, 0.0)
         more = statistics.median(a - b for a, b in zip(times[""].rounds, times[base_name].rounds, strict=True))
         notes = [f"whole call {nice_time(times[''].median)} ({times[''].text()})", note]
         if more <= 0:
@@ -340,16 +340,15 @@ class Suite:
         return time.perf_counter() - start
 
     def _interleave(
-        self, sides: dict[str, Call], inputs: Sequence[Any], once: dict[str, float], rounds: int | None = None
+        self, sides: dict[str, Call], inputs: Sequence[Any], once: dict[str, float], rounds: int, warm_up: float
     ) -> dict[str, Times]:
         """Rounds of all sides in turn, ours ("") last; in one round every side has another set of inputs.
 
         One call goes untimed before each timing: virtual machines hand memory that lies free for two seconds back to
         their host, and to fetch it again costs several times what any side here computes. With several threads the
-        calls before go on for a while: until the OpenMP workers of the side before have ceased to spin, and until the
-        system has given every thread a core.
+        calls before go on for `warm_up` seconds: until the OpenMP workers of the side before have ceased to spin, and
+        until the system has given every thread a core.
         """
-        warm_up = WARM_UP_SECONDS if torch.get_num_threads() > 1 else 0.0
         times = {name: Times() for name in sides}
         repeats = {name: max(1, min(10_000, math.ceil(LEAST_SECONDS / max(once[name], 1e-9)))) for name in sides}
         done = 0
@@ -386,7 +385,7 @@ class Suite:
         gc.collect()
         gc.disable()
         try:
-            self.runner(ours, peers, rounds or self.rounds)
+            self.runner(ours, peers, rounds)
         finally:
             if collecting:
                 gc.enable()
