@@ -37,7 +37,7 @@ from _machine import machine, using_threads, versions
 
 ONE_CORE = "not measured: one core only"
 INPUT_SETS = 3
-WARM_UP_SECONDS = 0.3  # before a timing of several threads
+WARM_UP_SECONDS = {False: 0.05, True: 0.3}  # before a timing; True: of several threads
 LEAST_SECONDS = 5e-3  # what one timing should last; shorter calls are repeated
 UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 
@@ -219,7 +219,8 @@ class Suite:
                 fastest = min(once[peer.name] for peer in timed)
                 timed = [peer for peer in timed if once[peer.name] <= 3 * fastest]
             sides = {"": ours} | {peer.name: peer.call for peer in timed if peer.call is not None}
-            times = self._interleave(sides, inputs, once, self.rounds, WARM_UP_SECONDS if threads > 1 else 0.0)
+            warm_up = 0.0 if self.quick and threads == 1 else WARM_UP_SECONDS[threads > 1]
+            times = self._interleave(sides, inputs, once, self.rounds, warm_up)
         for name, seconds in once.items():
             times.setdefault(name, Times([seconds]))
         mine = times.pop("")
@@ -344,10 +345,10 @@ class Suite:
     ) -> dict[str, Times]:
         """Rounds of all sides in turn, ours ("") last; in one round every side has another set of inputs.
 
-        One call goes untimed before each timing: virtual machines hand memory that lies free for two seconds back to
-        their host, and to fetch it again costs several times what any side here computes. With several threads the
-        calls before go on for `warm_up` seconds: until the OpenMP workers of the side before have ceased to spin, and
-        until the system has given every thread a core.
+        One call, and more for `warm_up` seconds, go untimed before each timing: virtual machines hand memory that lies
+        free for two seconds back to their host, and to fetch it again costs several times what any side here computes.
+        With several threads it takes longer: until the OpenMP workers of the side before have ceased to spin, and until
+        the system has given every thread a core.
         """
         times = {name: Times() for name in sides}
         repeats = {name: max(1, min(10_000, math.ceil(LEAST_SECONDS / max(once[name], 1e-9)))) for name in sides}
