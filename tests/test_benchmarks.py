@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ class TestHarness:
 
     def test_sides_take_turns_on_rotating_fresh_inputs(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(harness, "LEAST_SECONDS", 0.0)  # one call per round
+        monkeypatch.setattr(harness, "WARM_UP_SECONDS", {False: 0.0})
         calls: list[tuple[str, int]] = []
 
         def side(name: str) -> Any:
@@ -74,6 +76,33 @@ class TestHarness:
         for start in range(0, 15, 3):
             assert len({x for _, x in turns[start : start + 3]}) == 3, "two sides had the same inputs in one round"
         assert len({x for name, x in turns if name == "A"}) == 3
+
+    @pytest.mark.parametrize(
+        ("quick", "threads", "seconds"), [(False, 1, 0.02), (False, 2, 0.04), (True, 1, 0.0), (True, 2, 0.04)]
+    )
+    def test_calls_go_untimed_first(
+        self, monkeypatch: pytest.MonkeyPatch, quick: bool, threads: int, seconds: float
+    ) -> None:
+        """However many threads a peer leaves behind."""
+        monkeypatch.setattr(harness, "LEAST_SECONDS", 0.0)
+        monkeypatch.setattr(harness, "WARM_UP_SECONDS", {False: 0.02, True: 0.04})
+        calls: list[int] = []
+
+        def ours(x: torch.Tensor) -> torch.Tensor:
+            calls.append(1)
+            time.sleep(1e-3)
+            return x.sum()
+
+        def one_thread(x: torch.Tensor) -> torch.Tensor:
+            torch.set_num_threads(1)
+            return x.sum()
+
+        before = torch.get_num_threads()
+        suite = self.suite(quick=quick)
+        suite.compare("warm", numbers, ours, [harness.Peer("B", one_thread, equal)], threads=threads)
+        assert torch.get_num_threads() == before
+        per_round = (len(calls) - 2) / 5
+        assert per_round == 2 if seconds == 0 else 3 <= per_round <= 3 + 1000 * seconds
 
     def test_rows_have_the_fields_and_their_meaning(self) -> None:
         suite = self.suite()

@@ -31,6 +31,25 @@ def columns(**changes: Any) -> dict[str, Any]:
     return good | changes
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"positions": torch.full((3, 3), 1e-30)},
+        {"elements": torch.tensor([6, 7, 9], dtype=torch.uint8)},
+        {"ptr": torch.tensor([0, 1, 3])},
+        {"names": ("a", "c")},
+        {"domain": torch.tensor([1, 1])},
+        {"domains": ("protein", "ion")},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_every_column_is_in_the_fingerprint(changes: dict[str, Any]) -> None:
+    fingerprint = StructureTable(**columns()).fingerprint
+    assert len(fingerprint) == 16
+    assert StructureTable(**columns(positions=torch.zeros(3, 6)[:, ::2])).fingerprint == fingerprint
+    assert StructureTable(**columns(**changes)).fingerprint != fingerprint
+
+
 def test_from_structures_by_hand() -> None:
     a = Structure("a", "drug", np.array([[1, 2, 3], [4, 5, 6]], np.float32), np.array([6, 8], np.uint8))
     b = Structure("b", "metabolite", np.array([[7, 8, 9]], np.float32), np.array([7], np.uint8))

@@ -93,6 +93,22 @@ def test_structures_train_evaluate_and_resume(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.usefixtures("tiny_structures")
+def test_a_run_keeps_to_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        asked: list[int] = []
+        patch.setattr(Stop, "wanted", lambda self: "time limit" if asked.append(1) or len(asked) == 7 else "")
+        begun = structures(tmp_path)
+    with monkeypatch.context() as patch:
+        others = lambda progress, seed: (tiny_table(seed=1), [])  # noqa: E731
+        patch.setattr(structures_demo, "embed_molecules", others)
+        with pytest.raises(UsageError, match=r"expected the data that it was trained on .*got others .*--restart"):
+            structures(tmp_path)
+        with pytest.raises(UsageError, match=r"got others \(\w{16}\); put them back$"):
+            evaluate_run(Run(begun.folder), kind="last")
+    assert structures(tmp_path).steps == 20
+
+
+@pytest.mark.usefixtures("tiny_structures")
 def test_structures_kept_for_evaluation_are_not_trained_on() -> None:
     chosen = systems.load_system("structures-demo")
     config = load_config(chosen.Config, settings=["data.evaluation_fraction=0.25", "data.max_atoms_per_batch=60"])

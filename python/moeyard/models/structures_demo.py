@@ -73,6 +73,10 @@ class StructuresDemoData:
             training,
         )
 
+    @property
+    def fingerprint(self) -> str:
+        return self.table.fingerprint
+
     @cached_property
     def evaluation_batches(self) -> Sequence[list[int]]:
         sizes = self.table.sizes[self._evaluation]

@@ -30,7 +30,11 @@ Progress = Callable[[int, int, str], object]
 
 
 class Data(Protocol):
-    """What is trained on. `domains` names the rows of the usage counts."""
+    """What is trained on. `domains` names the rows of the usage counts.
+
+    Data that come from outside, and not from the settings alone, also have `fingerprint: str`, a hash of what they
+    hold: a run does not go on, and is not evaluated, on others.
+    """
 
     @property
     def domains(self) -> Sequence[str]: ...

@@ -71,9 +71,11 @@ def train(
                 return done
             try:
                 data, model = _built(system, config, progress)
-                if processes.first:
-                    run.note(domains=list(data.domains), experts_per_token=model.experts_per_token)
                 checkpoints = Checkpoints(run.folder / "checkpoints", system=run.system, signature=run.signature)
+                processes.from_first(lambda: _same_data(run, data, checkpoints, "; or start over with --restart"))
+                if processes.first:
+                    usage = {"domains": list(data.domains), "experts_per_token": model.experts_per_token}
+                    run.note(**usage, data=getattr(data, "fingerprint", None))
                 result = fit(
                     model,
                     data,
@@ -133,6 +135,15 @@ def _built(system: System, config: TrainConfig, progress: Progress | None) -> tu
         return data, system.build_model(config, data)
 
 
+def _same_data(run: Run, data: Data, checkpoints: Checkpoints, otherwise: str = "") -> None:
+    before, now = run.info.get("data"), getattr(data, "fingerprint", None)
+    if before != now and before is not None and checkpoints.latest() is not None:
+        raise UsageError(
+            f"{run.folder}: expected the data that it was trained on (fingerprint {before}), got others ({now}); "
+            f"put them back{otherwise}"
+        )
+
+
 def _note_failure(run: Run, error: BaseException) -> None:
     interrupted = isinstance(error, KeyboardInterrupt)
     try:
@@ -177,6 +188,7 @@ def evaluate_run(run: Run, *, kind: str = "best", progress: Progress | None = No
     if place is None:
         raise UsageError(f"{run.folder}: no checkpoint to evaluate")
     data, model = _built(system, config, progress)
+    _same_data(run, data, checkpoints)
     if not data.evaluation_batches:
         raise UsageError(f"{run.system}: no evaluation batches with these settings")
     model.load_state_dict(checkpoints.weights(place))

@@ -8,6 +8,7 @@ Letters: S structures, n atoms of all of them together.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,6 +87,16 @@ class StructureTable:
 
     def __repr__(self) -> str:
         return f"StructureTable({len(self):,} structures, {self.n_atoms:,} atoms, domains {', '.join(self.domains)})"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of a hash over all columns: tables with one fingerprint are equal."""
+        digest = hashlib.blake2b(digest_size=8)
+        for column in (self.positions, self.elements, self.ptr, self.domain):
+            digest.update(str(tuple(column.shape)).encode())
+            digest.update(column.contiguous().numpy().data)
+        digest.update(repr((self.names, self.domains)).encode())
+        return digest.hexdigest()
 
     @property
     def n_atoms(self) -> int:
