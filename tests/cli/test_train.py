@@ -192,7 +192,7 @@ def test_interrupted_and_taken_up_again(
             thread.join()
         assert signal.getsignal(number) is handler
     found = only(tmp_path / "run")
-    assert "(interrupted); the same command goes on" in capsys.readouterr().out
+    assert " steps; the same command goes on\n" in capsys.readouterr().out
     assert found.status == "interrupted"
     assert 3 <= found.info["steps"] < 24
     assert (found.folder / "checkpoints" / f"step-{found.info['steps']:08d}").is_dir()
@@ -285,6 +285,16 @@ def test_a_disk_that_fills_up(tmp_path: Path, share: float) -> None:
     assert error.startswith("moeyard: cannot write ")
     assert error.endswith(": No space left on device")
     assert curve(only(kept).folder) == curve(whole.folder)
+
+
+def test_a_sweep_can_be_looked_at_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for steps in (["--steps", "6"], ["--set", "max_steps=6"], []):
+        assert main(["sweep", "tokens-demo", "--grid", "seed=0,1", "--out", str(tmp_path), "--dry-run", *steps]) == 0
+        shown.append(capsys.readouterr().out)
+    assert "tokens-demo: 2 runs" in shown[0]
+    assert shown[0] == shown[1] != shown[2]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_time_limit_is_no_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,8 +72,9 @@ def _tell(console: Console, result: TrainResult) -> None:
     if result.already:
         say(f"already finished: {result.folder}, {result.steps:,} steps; --restart trains anew")
         return
-    why = f" ({result.reason}); the same command goes on" if result.reason else ""
-    say(f"{result.status} after {result.steps:,} steps{why}")
+    why = f" ({result.reason})" if result.reason not in ("", result.status) else ""
+    more = "; the same command goes on" if result.reason else ""
+    say(f"{result.status} after {result.steps:,} steps{why}{more}")
     if result.best is not None:
         say(f"best {result.best['name']} {result.best['value']:.4f} at step {result.best['step']:,}")
     say(f"written to {result.folder}/" + (f", the report to {result.report}" if result.report else ""))
