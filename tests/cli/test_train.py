@@ -287,6 +287,19 @@ def test_a_disk_that_fills_up(tmp_path: Path, share: float) -> None:
     assert curve(only(kept).folder) == curve(whole.folder)
 
 
+@pytest.mark.parametrize(
+    "arguments", [["train", "tokens-demo", "--set", "sed=1"], ["eval", "tokens-demo", "abc"]], ids=lambda a: a[0]
+)
+def test_a_mistake_does_not_wait_for_lightning(arguments: list[str], tmp_path: Path) -> None:
+    code = (
+        "import sys; from moeyard.cli import main; "
+        "code = main(sys.argv[1:]); print('lightning' in sys.modules); sys.exit(code)"
+    )
+    command = [sys.executable, "-c", code, *arguments, "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "False\n"), done.stderr
+
+
 def test_a_sweep_can_be_looked_at_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = []
     for steps in (["--steps", "6"], ["--set", "max_steps=6"], []):

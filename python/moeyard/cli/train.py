@@ -34,7 +34,6 @@ def train(
     console = Console(quiet=not _first_process())
     short = [f"{name}={value}" for name, value in (("max_steps", steps), ("workers", workers)) if value is not None]
     with clear_errors("train", quiet=console.quiet):
-        from moeyard.train import training
         from moeyard.train.config import load_config
         from moeyard.train.errors import UsageError
         from moeyard.train.runs import RunStore
@@ -44,6 +43,8 @@ def train(
             raise UsageError(f"--seconds: expected a positive number up to 1e9, got {seconds:g}")
         chosen = load_system(system)
         read = load_config(chosen.Config, defaults=chosen.defaults, file=config, settings=[*(settings or ()), *short])
+        from moeyard.train import training  # Lightning takes seconds: a mistake is told before
+
         with loading(console) as progress:
             result = training.train(
                 chosen,
@@ -91,10 +92,11 @@ def evaluate(
     with clear_errors("eval"):
         from moeyard.train.runs import RunStore
         from moeyard.train.system import load_system
-        from moeyard.train.training import evaluate_run
 
         load_system(system)
         run = RunStore(out).find(signature, system)
+        from moeyard.train.training import evaluate_run
+
         with loading(console) as progress:
             step, values = evaluate_run(run, kind="last" if last else "best", progress=progress)
     table = Table(title=f"{run.system}/{run.signature}, step {step:,}", show_header=False)
