@@ -285,3 +285,13 @@ def test_more_periodic_images_than_memory_holds() -> None:
             ValueError, match=r"cell: expected at most 2\^27 periodic images of its points within reach"
         ):
             moeyard.radius_graph(points, 1e9, cell=cell, pbc=torch.tensor(pbc))
+
+
+@pytest.mark.parametrize(("x", "y", "named"), [(31, 0, "x"), (0, 31, "y"), (31, 32, "x")])
+def test_more_points_than_ids(x: int, y: int, named: str) -> None:
+    many, others = (torch.zeros(1, 3).expand(2**power, 3) for power in (x, y))
+    with pytest.raises(ValueError, match=rf"^{named}: expected at most 2\^31 - 1 points, got 2147483648$"):
+        moeyard.radius(many, others, 1.0)
+    if x == 31:
+        with pytest.raises(ValueError, match=r"^pos: expected at most 2\^31 - 1 points, got 2147483648$"):
+            moeyard.radius_graph(many, 1.0)

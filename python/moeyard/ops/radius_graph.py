@@ -28,7 +28,7 @@ _SCHEMA = (
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _FLOATS = (torch.float32, torch.float64)
-_IDS = (torch.int64, torch.int32)
+_INTS = (torch.int64, torch.int32)
 _FLOWS = ("source_to_target", "target_to_source")
 _MAX_POINTS = 2**31 - 1
 _MAX_EDGES = 2**48
@@ -235,6 +235,7 @@ def _validate(
             raise ValueError("pbc: expected a cell with it, got cell None")
         _check.dtype("pbc", pbc, (torch.bool,))
         _check.shape("pbc", pbc, ["G", 3] if pbc.dim() == 2 else [3])
+    # What was not given is not looked at: on a small graph these calls would be felt.
     if k is not None:
         _check.integer("k", k, minimum=1, optional=True)
     if max_num_neighbors is not None:
@@ -253,10 +254,10 @@ def _validate_set(pos: Tensor, batch: Tensor | None, ptr: Tensor | None, name: s
     if batch is not None and ptr is not None:
         raise ValueError(f"batch{suffix}, ptr{suffix}: expected at most one of them, got both")
     if batch is not None:
-        _check.dtype(f"batch{suffix}", batch, _IDS)
+        _check.dtype(f"batch{suffix}", batch, _INTS)
         _check.shape(f"batch{suffix}", batch, [pos.shape[0]])
     if ptr is not None:
-        _check.dtype(f"ptr{suffix}", ptr, _IDS)
+        _check.dtype(f"ptr{suffix}", ptr, _INTS)
         _check.rank(f"ptr{suffix}", ptr, ("G + 1",))
         if ptr.shape[0] == 0:
             raise ValueError(f"ptr{suffix}: expected at least one entry, got none")
@@ -277,8 +278,8 @@ def _cpu(
     )  # fmt: skip
     count, count_centres = pos.shape[0], 0 if centres is None else centres.shape[0]
     if count > _MAX_POINTS or count_centres > _MAX_POINTS:
-        name = "pos" if centres is None else "x" if count > _MAX_POINTS else "y"
-        raise ValueError(f"{name}: expected at most 2^31 - 1 points, got {max(count, count_centres)}")
+        name, found = ("y", count_centres) if count <= _MAX_POINTS else ("pos" if centres is None else "x", count)
+        raise ValueError(f"{name}: expected at most 2^31 - 1 points, got {found}")
     if max_edges is not None and max_edges > _MAX_EDGES:
         raise ValueError(f"max_edges: expected at most 2^48, got {max_edges}")
     cpu, threads, code = _native.cpu, torch.get_num_threads(), DTYPE_CODE[pos.dtype]
