@@ -225,11 +225,17 @@ def test_groups_that_are_added_later() -> None:
     assert torch.equal(head.weight, before)
 
 
-def test_a_copy_steps_its_own_model() -> None:
+def stepped() -> tuple[MoE, ExpertOptimizer]:
+    """A layer whose experts all have moments."""
     moe = layer()
     optimizer = ExpertOptimizer(MAKERS["adamw"](list(moe.parameters())), expert_parameters(moe))
     backward(moe, [0, 1, 2, 3], 1)
     optimizer.step()
+    return moe, optimizer
+
+
+def test_a_copy_steps_its_own_model() -> None:
+    moe, optimizer = stepped()
     before = copy.deepcopy(moe.state_dict())
     for p in moe.parameters():
         p.grad = None
@@ -242,10 +248,7 @@ def test_a_copy_steps_its_own_model() -> None:
 
 
 def test_state_is_loaded_for_where_the_model_is_now() -> None:
-    moe = layer()
-    optimizer = ExpertOptimizer(MAKERS["adamw"](list(moe.parameters())), expert_parameters(moe))
-    backward(moe, [0, 1, 2, 3], 1)
-    optimizer.step()
+    moe, optimizer = stepped()
     saved = copy.deepcopy(optimizer.state_dict())
     moe.double()
     optimizer.load_state_dict(saved)

@@ -18,29 +18,17 @@ pytest.importorskip("lightning", reason="needs moeyard[train]")
 pytest.importorskip("tensorboard", reason="needs moeyard[train]")
 
 import moeyard
-from moeyard.train.callbacks import Stop
 from moeyard.train.checkpoint import Checkpoints
 from moeyard.train.config import signature
 from moeyard.train.errors import UsageError
 from moeyard.train.metrics import read_metrics
 from moeyard.train.runs import Run
-from train.toy import curve, run, settings, toy
+from train.toy import curve, run, settings, stop_after, toy
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)  # these batches are too small to share
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """The time limit strikes after so many steps of this process."""
-    asked = []
-
-    def wanted(self: Stop) -> str:
-        asked.append(1)
-        return "time limit" if len(asked) == steps else ""
-
-    monkeypatch.setattr(Stop, "wanted", wanted)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

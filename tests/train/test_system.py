@@ -16,13 +16,12 @@ pytest.importorskip("tensorboard", reason="needs moeyard[train]")
 import moeyard.train
 from moeyard.models import SYSTEMS, structures_demo
 from moeyard.train import system as systems
-from moeyard.train.callbacks import Stop
 from moeyard.train.config import load_config
 from moeyard.train.errors import UsageError
 from moeyard.train.runs import Run, RunStore
 from moeyard.train.training import evaluate_run, train
 from train.tiny import tiny_table
-from train.toy import curve, run
+from train.toy import curve, run, stop_after
 
 
 def test_every_system_is_what_the_trainer_asks_for() -> None:
@@ -86,8 +85,7 @@ def test_structures_train_evaluate_and_resume(tmp_path: Path, monkeypatch: pytes
         {name: value for name, value in records[-1].items() if name.startswith("val_")},
     )
     with monkeypatch.context() as patch:
-        asked: list[int] = []
-        patch.setattr(Stop, "wanted", lambda self: "time limit" if asked.append(1) or len(asked) == 7 else "")
+        stop_after(patch, 7)
         structures(tmp_path / "parts")
     assert curve(structures(tmp_path / "parts").folder) == records
 
@@ -95,12 +93,10 @@ def test_structures_train_evaluate_and_resume(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.usefixtures("tiny_structures")
 def test_a_run_keeps_to_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        asked: list[int] = []
-        patch.setattr(Stop, "wanted", lambda self: "time limit" if asked.append(1) or len(asked) == 7 else "")
+        stop_after(patch, 7)
         begun = structures(tmp_path)
     with monkeypatch.context() as patch:
-        others = lambda progress, seed: (tiny_table(seed=1), [])  # noqa: E731
-        patch.setattr(structures_demo, "embed_molecules", others)
+        patch.setattr(structures_demo, "embed_molecules", lambda progress, seed: (tiny_table(seed=1), []))
         with pytest.raises(UsageError, match=r"expected the data that it was trained on .*got others .*--restart"):
             structures(tmp_path)
         with pytest.raises(UsageError, match=r"got others \(\w{16}\); put them back$"):

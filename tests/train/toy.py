@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from moeyard.train.callbacks import Stop
 from moeyard.train.config import TrainConfig, load_config
 from moeyard.train.metrics import read_metrics
 from moeyard.train.runs import RunStore
@@ -35,6 +38,17 @@ def settings(*more: str) -> TrainConfig:
 def run(root: Path, *more: str, **options: Any) -> TrainResult:
     options = {"write": lambda line: None, **options}
     return train(toy(), settings(*more), RunStore(root), **options)
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """The time limit strikes after so many steps of this process."""
+    asked = []
+
+    def wanted(self: Stop) -> str:
+        asked.append(1)
+        return "time limit" if len(asked) == steps else ""
+
+    monkeypatch.setattr(Stop, "wanted", wanted)
 
 
 def curve(folder: Path) -> list[dict[str, Any]]:

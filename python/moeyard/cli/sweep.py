@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moeyard.cli.shared import clear_errors, plain
-from moeyard.cli.train import Out, Set, number
+from moeyard.cli.train import Out, Set, Steps, number, with_short
 
 if TYPE_CHECKING:
     from moeyard.train.sweep import Outcome
@@ -25,7 +25,7 @@ def sweep(
     config: Annotated[Path | None, typer.Option(help="Settings: a .toml, .yaml or .json file.")] = None,
     settings: Set = None,
     out: Out = Path("runs"),
-    steps: Annotated[int | None, typer.Option(help="Short for --set max_steps=N.")] = None,
+    steps: Steps = None,
     engine: Annotated[str, typer.Option(help="local, slurm or ray.")] = "local",
     jobs: Annotated[int | None, typer.Option(help="Runs at a time; by default one locally, all elsewhere.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Most seconds of each run.")] = None,
@@ -50,8 +50,8 @@ def sweep(
         if not grid:
             raise UsageError("--grid: expected at least one, such as --grid seed=0,1,2")
         store = RunStore(out)
-        fixed = [*(settings or ()), *([] if steps is None else [f"max_steps={steps}"])]
-        planned = plan(load_system(system), store, grid, file=config, settings=fixed)
+        overrides = with_short(settings, max_steps=steps)
+        planned = plan(load_system(system), store, grid, file=config, settings=overrides)
         if dry_run:
             done = [outcome(job) for job in planned]
         else:

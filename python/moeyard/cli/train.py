@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 Out = Annotated[Path, typer.Option(help="Folder of all runs.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one setting; may be repeated.")]
+Steps = Annotated[int | None, typer.Option(help="Short for --set max_steps=N.")]
 
 
 def train(
@@ -23,7 +25,7 @@ def train(
     config: Annotated[Path | None, typer.Option(help="Settings: a .toml, .yaml or .json file.")] = None,
     settings: Set = None,
     out: Out = Path("runs"),
-    steps: Annotated[int | None, typer.Option(help="Short for --set max_steps=N.")] = None,
+    steps: Steps = None,
     seconds: Annotated[float | None, typer.Option(help="Stop after so many seconds; the run can go on later.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume/--restart", help="Go on with an unfinished run, or forget it.")
@@ -32,7 +34,6 @@ def train(
 ) -> None:
     """Train a system; called again with the same settings, go on where it ended."""
     console = Console(quiet=not _first_process())
-    short = [f"{name}={value}" for name, value in (("max_steps", steps), ("workers", workers)) if value is not None]
     with clear_errors("train", quiet=console.quiet):
         from moeyard.train.config import load_config
         from moeyard.train.errors import UsageError
@@ -42,7 +43,8 @@ def train(
         if seconds is not None and not 0 < seconds <= 1e9:
             raise UsageError(f"--seconds: expected a positive number up to 1e9, got {seconds:g}")
         chosen = load_system(system)
-        read = load_config(chosen.Config, defaults=chosen.defaults, file=config, settings=[*(settings or ()), *short])
+        overrides = with_short(settings, max_steps=steps, workers=workers)
+        read = load_config(chosen.Config, defaults=chosen.defaults, file=config, settings=overrides)
         from moeyard.train import training  # Lightning takes seconds: a mistake is told before
 
         with loading(console) as progress:
@@ -105,6 +107,11 @@ def evaluate(
     for name, value in values.items():
         table.add_row(name, number(value))
     console.print(table)
+
+
+def with_short(settings: Sequence[str] | None, **short: int | None) -> list[str]:
+    """What was --set, and what was given by an option of its own."""
+    return [*(settings or ()), *(f"{name}={value}" for name, value in short.items() if value is not None)]
 
 
 def number(value: Any) -> str:

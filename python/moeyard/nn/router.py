@@ -64,8 +64,6 @@ class Router(nn.Module):
         self.scale, self.num_groups, self.topk_groups, self.bias_rate = scale, num_groups, topk_groups, bias_rate
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.register_buffer("selection_bias", None if bias_rate is None else torch.zeros(num_experts))
-        # No buffer: DDP would overwrite what the ranks have counted with rank 0's.
-        self.load = torch.zeros(num_experts, dtype=torch.int64)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -73,6 +71,7 @@ class Router(nn.Module):
         nn.init.normal_(self.weight, std=0.1 * self.weight.shape[1] ** -0.5)
         if self.selection_bias is not None:
             nn.init.zeros_(self.selection_bias)
+        # No buffer: DDP would overwrite what the ranks have counted with rank 0's.
         self.load = torch.zeros(self.num_experts, dtype=torch.int64, device=self.weight.device)
 
     def forward(
