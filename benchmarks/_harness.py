@@ -38,6 +38,7 @@ from _machine import machine, using_threads, versions
 ONE_CORE = "not measured: one core only"
 INPUT_SETS = 3
 WARM_UP_SECONDS = {False: 0.05, True: 0.3}  # before a timing; True: of several threads
+QUICK_WARM_UP_SECONDS = {False: 0.0, True: 0.15}
 LEAST_SECONDS = 5e-3  # what one timing should last; shorter calls are repeated
 UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 
@@ -219,7 +220,7 @@ class Suite:
                 fastest = min(once[peer.name] for peer in timed)
                 timed = [peer for peer in timed if once[peer.name] <= 3 * fastest]
             sides = {"": ours} | {peer.name: peer.call for peer in timed if peer.call is not None}
-            warm_up = 0.0 if self.quick and threads == 1 else WARM_UP_SECONDS[threads > 1]
+            warm_up = (QUICK_WARM_UP_SECONDS if self.quick else WARM_UP_SECONDS)[threads > 1]
             times = self._interleave(sides, inputs, once, self.rounds, warm_up)
         for name, seconds in once.items():
             times.setdefault(name, Times([seconds]))

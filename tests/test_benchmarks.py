@@ -78,7 +78,7 @@ class TestHarness:
         assert len({x for name, x in turns if name == "A"}) == 3
 
     @pytest.mark.parametrize(
-        ("quick", "threads", "seconds"), [(False, 1, 0.02), (False, 2, 0.04), (True, 1, 0.0), (True, 2, 0.04)]
+        ("quick", "threads", "seconds"), [(False, 1, 0.02), (False, 2, 0.04), (True, 1, 0.0), (True, 2, 0.03)]
     )
     def test_calls_go_untimed_first(
         self, monkeypatch: pytest.MonkeyPatch, quick: bool, threads: int, seconds: float
@@ -86,6 +86,7 @@ class TestHarness:
         """However many threads a peer leaves behind."""
         monkeypatch.setattr(harness, "LEAST_SECONDS", 0.0)
         monkeypatch.setattr(harness, "WARM_UP_SECONDS", {False: 0.02, True: 0.04})
+        monkeypatch.setattr(harness, "QUICK_WARM_UP_SECONDS", {False: 0.0, True: 0.03})
         calls: list[int] = []
 
         def ours(x: torch.Tensor) -> torch.Tensor:

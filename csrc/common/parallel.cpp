@@ -16,6 +16,14 @@ namespace {
 
 long process_id() { return getpid(); }
 
+// Going to sleep and being woken costs more than most waits last: first look on for a moment.
+template <class Condition>
+void look_on(Condition&& met) {
+  const auto patience = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
+  while (!met() && std::chrono::steady_clock::now() < patience) {
+  }
+}
+
 // One job at a time: workers and the caller draw task numbers from `next_`, in ascending order, until none is left.
 class Pool {
  public:
@@ -27,12 +35,14 @@ class Pool {
     const Release release{busy_};
     const int helpers = int(std::min<int64_t>(threads - 1, count - 1));
     grow(helpers);
+    int asleep;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       task_ = &task, count_ = count, next_ = 0;
       wanted_ = helpers, ++generation_;
+      asleep = asleep_;
     }
-    wake(helpers);
+    wake(helpers - (size_ - asleep), asleep);
     draw();
     if (std::exception_ptr error = finish()) std::rethrow_exception(error);
     return true;
@@ -55,12 +65,12 @@ class Pool {
   }
 
   // No more than are wanted: an earlier call may have asked for many more threads.
-  void wake(int helpers) {
-    if (helpers >= size_) {
+  void wake(int wanted, int asleep) {
+    if (wanted >= asleep && asleep > 0) {
       wake_.notify_all();
       return;
     }
-    for (int i = 0; i < helpers; ++i) wake_.notify_one();
+    for (int i = 0; i < wanted; ++i) wake_.notify_one();
   }
 
   // Every task below one that threw was drawn before it and runs to its end, so the lowest error is the one that a
@@ -77,15 +87,12 @@ class Pool {
     }
   }
 
-  // Sleeping and being woken costs more than most tasks that are still running, so the caller looks on for a moment.
   std::exception_ptr finish() {
     std::unique_lock<std::mutex> lock(mutex_);
     wanted_ = 0;  // a worker that has not joined yet finds nothing left to do
     if (running_ > 0) {
       lock.unlock();
-      const auto patience = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
-      while (running_ > 0 && std::chrono::steady_clock::now() < patience) {
-      }
+      look_on([&] { return running_ == 0; });
       lock.lock();
       done_.wait(lock, [&] { return running_ == 0; });
     }
@@ -93,10 +100,12 @@ class Pool {
   }
 
   void work() {
-    int64_t seen = 0;
-    std::unique_lock<std::mutex> lock(mutex_);
-    for (;;) {
+    for (int64_t seen = 0;;) {
+      look_on([&] { return generation_ != seen; });  // the next phase of the same call often comes at once
+      std::unique_lock<std::mutex> lock(mutex_);
+      ++asleep_;
       wake_.wait(lock, [&] { return generation_ != seen && wanted_ > 0; });
+      --asleep_;
       seen = generation_, --wanted_, ++running_;
       lock.unlock();
       draw();
@@ -109,10 +118,10 @@ class Pool {
   std::mutex mutex_;
   std::condition_variable wake_, done_;
   const std::function<void(int64_t)>* task_ = nullptr;
-  int64_t count_ = 0, generation_ = 0, error_task_ = 0;
-  std::atomic<int64_t> next_{0};
+  int64_t count_ = 0, error_task_ = 0;
+  std::atomic<int64_t> next_{0}, generation_{0};
   std::atomic<int> running_{0};
-  int wanted_ = 0, size_ = 0;
+  int wanted_ = 0, size_ = 0, asleep_ = 0;
   std::exception_ptr error_;
 };
 

@@ -13,8 +13,9 @@ namespace moeyard {
 void run_tasks(int64_t count, int threads, const std::function<void(int64_t)>& task);
 
 /// Calls body(begin, end) over [0, n) in pieces of `grain`. The pieces depend on n and grain alone, never on the
-/// number of threads: what a body computes per piece is the same on any machine. One piece runs inline. A sleeping
-/// worker costs the caller 2 to 5 us to wake and starts 5 to 50 us later, so a grain should be 20 us of work or more.
+/// number of threads: what a body computes per piece is the same on any machine. One piece runs inline. Workers stay
+/// awake for 50 us after a job; one that sleeps costs the caller 2 to 5 us to wake and starts 5 to 50 us later. So a
+/// grain should be 20 us of work or more.
 template <class Body>
 void parallel_for(int64_t n, int64_t grain, int threads, Body&& body) {
   if (n <= 0) return;
