@@ -47,7 +47,8 @@ class HitStore {
   };
 
   // Every room reaches to the end of its block, so that its margin is nobody else's. Blocks grow with what was asked
-  // for, so that small searches stay small; large ones come in huge pages.
+  // for, so that small searches stay small (from 1 kB on malloc first tidies up, which a tiny call would feel); large
+  // ones come in huge pages.
   Room room(int64_t ints) {
     std::lock_guard<std::mutex> lock(mutex_);
     for (size_t k = spare_.size(); k-- > 0;) {
@@ -56,7 +57,8 @@ class HitStore {
       spare_.erase(spare_.begin() + int64_t(k));
       return found;
     }
-    const int64_t size = std::max(ints, std::clamp<int64_t>(reserved_ / 2, 1 << 12, 1 << 20));
+    const int64_t least = std::clamp<int64_t>(16 * centres(), 1 << 6, 1 << 12);
+    const int64_t size = std::max(ints, std::clamp<int64_t>(reserved_ / 2, least, 1 << 20));
     reserved_ += size;
     blocks_.emplace_back(size + kMargin);
     return {blocks_.back().data(), size};

@@ -30,6 +30,7 @@ _SCHEMA = (
 _FLOATS = (torch.float32, torch.float64)
 _INTS = (torch.int64, torch.int32)
 _FLOWS = ("source_to_target", "target_to_source")
+_AXES = 3
 _MAX_POINTS = 2**31 - 1
 _MAX_EDGES = 2**48
 
@@ -249,8 +250,10 @@ def _validate(
 
 
 def _validate_set(pos: Tensor, batch: Tensor | None, ptr: Tensor | None, name: str, suffix: str) -> None:
-    _check.dtype(name, pos, _FLOATS)
-    _check.shape(name, pos, ("N", 3))
+    # What is plainly right is not looked at again: on a small graph the two calls would be felt.
+    if pos.dtype not in _FLOATS or pos.dim() != 2 or pos.shape[1] is not _AXES:
+        _check.dtype(name, pos, _FLOATS)
+        _check.shape(name, pos, ("N", _AXES))
     if batch is not None and ptr is not None:
         raise ValueError(f"batch{suffix}, ptr{suffix}: expected at most one of them, got both")
     if batch is not None:
