@@ -73,11 +73,14 @@ def mixtral(moe: MoE, implementation: str) -> Callable[[Case], tuple[Tensor, ...
     module = _peers.optional("transformers.models.mixtral.modeling_mixtral")
     if module is None or not hasattr(module, "MixtralExperts") or moe.router is None:
         return None
+    up = moe.experts.up
+    experts, dim, both_halves = up.shape
     config = module.MixtralConfig(
-        hidden_size=H, intermediate_size=I, num_local_experts=E, num_experts_per_tok=moe.k, num_attention_heads=4
-    )
+        hidden_size=dim, intermediate_size=both_halves // 2, num_local_experts=experts, num_experts_per_tok=moe.k,
+        num_attention_heads=4,
+    )  # fmt: skip
     config._experts_implementation = implementation
-    block = module.MixtralSparseMoeBlock(config)
+    block = module.MixtralSparseMoeBlock(config).to(up.device, up.dtype)
     with torch.no_grad():
         block.gate.weight.copy_(moe.router.weight)
         block.experts.gate_up_proj.copy_(moe.experts.up.transpose(1, 2))

@@ -266,6 +266,19 @@ class TestFiles:
         assert data.make_molecules(1).pos.shape == (17_784, 3)
         assert not torch.equal(data.make_protein(1).pos, data.make_protein(2).pos)
 
+    def test_gpu_rows_run_without_a_gpu_and_keep_no_figure(self, tmp_path: Path) -> None:
+        script = [sys.executable, str(BENCHMARKS / "cuda_ops.py"), "--out", str(tmp_path), "-k", "plan"]
+        env = {**environment(), "CUDA_VISIBLE_DEVICES": ""}
+        subprocess.run(script, cwd=tmp_path, env=env, timeout=100, check=True)
+        document = json.loads((tmp_path / "cuda_ops.json").read_text())
+        assert document["machine"] == "No GPU"
+        assert {"permutation plan, 131,072 assignments, E=256: launches"} < {row["row"] for row in document["rows"]}
+        for row in document["rows"]:
+            assert set(row) == FIELDS
+            assert row["ours"] is row["peer"] is row["ratio"] is row["holds"] is None
+            assert "(once)" not in row["note"]
+        assert "not measured" in (tmp_path / "cuda_ops.md").read_text()
+
     @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc/self/clear_refs")
     def test_peak_memory_sees_what_is_freed_again(self, tmp_path: Path) -> None:
         file = tmp_path / "cases.py"
