@@ -64,8 +64,9 @@ def only_process(lock: Path) -> Iterator[None]:
         yield
 
 
-def build(flavour: str) -> Path:
-    """The module's file, built where sources are newer. An error shows the compiler's output."""
+def build(flavour: str, target: str = "_cuda") -> Path:
+    """The folder with the built `target`: the module _cuda, or the program emulation_kernels. It is built again where
+    sources are newer, and an error shows the compiler's output."""
     room = ROOT / "build" / f"emulation-{flavour}"
     configure = [
         tool("cmake"),
@@ -85,8 +86,8 @@ def build(flavour: str) -> Path:
             shutil.rmtree(room, ignore_errors=True)
             run(configure)
             stamp.write_text(repr(configure))
-        run([tool("cmake"), "--build", str(room)])
-    return room / f"_cuda{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+        run([tool("cmake"), "--build", str(room), "--target", target])
+    return room
 
 
 def run(command: list[str]) -> None:
@@ -97,7 +98,7 @@ def run(command: list[str]) -> None:
 
 @cache
 def module(flavour: str = FLAVOUR) -> ModuleType:
-    path = build(flavour)
+    path = build(flavour) / f"_cuda{importlib.machinery.EXTENSION_SUFFIXES[0]}"
     spec = importlib.util.spec_from_file_location("_cuda", path)
     assert spec is not None
     assert spec.loader is not None
@@ -119,6 +120,10 @@ def emulated(seed: int = 0, **options: int) -> Iterator[None]:
     What torch.empty gives holds NaN and the largest integers, so that an output that a kernel forgot is seen.
     """
     native = module()
+
+    def cuda() -> ModuleType:
+        return native
+
     set_options(seed, **options)
     before = [op.cpu for op in _register.OPS]
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -126,7 +131,7 @@ def emulated(seed: int = 0, **options: int) -> Iterator[None]:
         for op in _register.OPS:
             op.cpu = op.cuda or op.cpu
         torch.use_deterministic_algorithms(True, warn_only=True)
-        with mock.patch.object(_native, "cuda", return_value=native):
+        with mock.patch.object(_native, "cuda", cuda):
             yield
     finally:
         torch.use_deterministic_algorithms(deterministic)

@@ -2,6 +2,7 @@
 #include "emulation/engine.hpp"
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -101,9 +102,15 @@ void start_block(Block& block, uint64_t number, Thread* const* slots) {
     Warp& warp = block.warps[thread.warp];
     warp.lanes[thread.lane] = &thread;
     warp.born = warp.alive |= 1u << thread.lane;
+    if (shows_names()) set_name(thread.fibre, name_of(thread).c_str());
     prepare(thread.fibre, &run_thread, (i * 5 % 61) * 64 + (i / 61 % 4) * 4096);
   }
   for (unsigned i = 0; i < n; ++i) make_ready(slots[is_backward() ? n - 1 - i : i]);
+}
+
+// Sanitizers name the line; this names the thread.
+void tell_where() {
+  if (current) std::fprintf(stderr, "in %s of a kernel\n", name_of(*current).c_str());
 }
 
 void free_arrays(Block& block) {
@@ -202,6 +209,7 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, void (*kernel)(void*),
   block_dim = block;
   grid_dim = grid;
   adopt_thread(launch.home);
+  on_death(&tell_where);
   start_schedule();
   release(&launch.begin_sync);
   run_blocks(blocks);

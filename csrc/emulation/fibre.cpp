@@ -10,10 +10,12 @@ extern "C" {
 #define WEAK __attribute__((weak))
 void __sanitizer_start_switch_fiber(void**, const void*, size_t) WEAK;
 void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) WEAK;
+void __sanitizer_set_death_callback(void (*)()) WEAK;
 void __asan_unpoison_memory_region(const volatile void*, size_t) WEAK;
 void* __tsan_get_current_fiber() WEAK;
 void* __tsan_create_fiber(unsigned) WEAK;
 void __tsan_destroy_fiber(void*) WEAK;
+void __tsan_set_fiber_name(void*, const char*) WEAK;
 void __tsan_switch_to_fiber(void*, unsigned) WEAK;
 void __tsan_acquire(void*) WEAK;
 void __tsan_release(void*) WEAK;
@@ -139,6 +141,13 @@ void prepare(Fibre& fibre, void (*entry)(), size_t offset) {
 void adopt_thread(Fibre& fibre) {
   fibre = Fibre();
   if (__tsan_get_current_fiber) fibre.identity = __tsan_get_current_fiber();
+}
+
+bool shows_names() { return __tsan_set_fiber_name; }
+void set_name(Fibre& fibre, const char* name) { __tsan_set_fiber_name(fibre.identity, name); }
+
+void on_death(void (*tell)()) {
+  if (__sanitizer_set_death_callback) __sanitizer_set_death_callback(tell);
 }
 
 void switch_to(Fibre& from, Fibre& to, bool from_is_done) {

@@ -21,6 +21,12 @@ void prepare(Fibre& fibre, void (*entry)(), size_t offset);
 /// Makes `fibre` stand for the stack of the calling OS thread.
 void adopt_thread(Fibre& fibre);
 
+/// What reports call the fibre from now on.
+void set_name(Fibre& fibre, const char* name);
+bool shows_names();
+/// Called when a sanitizer is about to end the process.
+void on_death(void (*tell)());
+
 void switch_to(Fibre& from, Fibre& to, bool from_is_done);
 /// `home` is the fibre of adopt_thread() from which a launch makes its first switch.
 void entered(Fibre& home);

@@ -49,10 +49,13 @@ class Ranges {
 
 }  // namespace
 
+std::string name_of(const ThreadView& thread) {
+  return "block " + coordinates(thread.block_index) + " thread " + coordinates(thread.index);
+}
+
 std::string describe(const Failure& failure) {
   const Thread& thread = *failure.thread;
-  std::string text = "block " + coordinates(thread.block_index) + " thread " + coordinates(thread.index) + ": " +
-                     failure.what + failure.name;
+  std::string text = name_of(thread) + ": " + failure.what + failure.name;
   if (failure.where.line != 0) text += " at " + at(failure.where);
   if (!failure.show_threads) return text;
   std::map<std::string, Ranges> threads;

@@ -101,5 +101,6 @@ void leave(Thread* thread);
 
 // ---- report.cpp ----
 std::string describe(const Failure& failure);
+std::string name_of(const ThreadView& thread);
 
 }  // namespace moeyard::emulation
