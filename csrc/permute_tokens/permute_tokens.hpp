@@ -74,9 +74,9 @@ int64_t plan_permutation_workspace(const PlanRequest& request);
 void plan_permutation(const PlanRequest& request, const PlanArrays& out, void* workspace, unsigned* errors, int device,
                       void* stream);
 
-// An entry of either map that is out of range counts as -1 (kBadPlan), so that nothing is read or written out of bounds.
-// That the maps are each other's inverse is not checked: it would cost a dependent look-up at random per slot, and where
-// they are not, rows hold stale or mixed values but stay rows.
+// An entry of either map that is out of range counts as -1 (kBadPlan), so that nothing is read or written out of
+// bounds. That the maps are each other's inverse is not checked: it would cost a dependent look-up at random per slot,
+// and where they are not, rows hold stale or mixed values but stay rows.
 
 void permute_rows(const void* x, const Plan& plan, int64_t row_bytes, void* out, unsigned* errors, int device,
                   void* stream);

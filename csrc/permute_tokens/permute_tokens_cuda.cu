@@ -3,7 +3,11 @@
 // A team of threads works on one token: it keeps the token's words in registers while the rows of the token's slots go
 // by. Teams are as large as the row is long, from one thread to a block, so that neighbouring threads touch
 // neighbouring words. Nothing is shared between teams and there is no atomic sum: orders depend on sizes alone.
+#include <algorithm>
 #include <cstring>
+#include <initializer_list>
+#include <type_traits>
+#include <utility>
 
 #include "common/device.cuh"
 #include "common/device_errors.hpp"
@@ -16,9 +20,10 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kSlots = 8;  // of a token at a time: their rows, weights and dots stay in registers
-constexpr int kWords = 4;  // of a row per thread, for rows longer than a warp and up to a block
-constexpr int kVector = 16;  // bytes of the widest word
+constexpr int kSlots = 8;                      // of a token at a time: their rows, weights and dots stay in registers
+constexpr int kWords = 4;                      // of a row per thread, for rows longer than a warp and up to a block
+constexpr int kSumBlocks = 3, kDotBlocks = 2;  // per multiprocessor: leaves registers for kSlots words on their way
+constexpr int kVector = 16;                    // bytes of the widest word
 
 // ---- kernel -----------------------------------------------------------------------------------------------------
 
@@ -56,16 +61,20 @@ struct alignas(N * sizeof(T)) Word {
 
 // Rows are read once and written once, so they go past the first-level cache.
 template <class W>
-__device__ W load(const W* from) {
+__device__ W load_if(bool wanted, const W* from) {
   using B = typename Bits<sizeof(W)>::type;
   W word;
-  B bits;
+  B bits{};
   if constexpr (sizeof(W) == kVector)
-    bits = load_streaming(reinterpret_cast<const B*>(from));
-  else
+    bits = load_streaming_if(wanted, reinterpret_cast<const B*>(from));
+  else if (wanted)
     bits = __ldg(reinterpret_cast<const B*>(from));
   memcpy(&word, &bits, sizeof(W));
   return word;
+}
+template <class W>
+__device__ W load(const W* from) {
+  return load_if(true, from);
 }
 
 template <class W>
@@ -118,17 +127,20 @@ __device__ int64_t team_token(const Move& m) {
 __device__ int team_lane(const Move& m) { return int(threadIdx.x) & ((1 << m.team_bits) - 1); }
 
 // The rows of kSlots slots of a token, from choice `first` on; -1 for none. What is out of range must not become an
-// address.
+// address. One look at the errors after all loads, for a branch after each would hold up the next.
 __device__ void load_rows(const Move& m, int64_t token, int64_t first, int32_t (&row)[kSlots]) {
-  const int32_t* const rows = m.plan.row_of_slot + token * m.plan.k;
+  const int32_t* const rows = m.plan.row_of_slot + token * m.plan.k + first;
+  const int64_t slots = token < m.plan.tokens ? m.plan.k - first : 0;
+#pragma unroll
+  for (int j = 0; j < kSlots; ++j) row[j] = j < slots ? __ldg(rows + j) : -1;
+  bool bad = false;
 #pragma unroll
   for (int j = 0; j < kSlots; ++j) {
-    row[j] = token < m.plan.tokens && first + j < m.plan.k ? __ldg(rows + first + j) : -1;
-    if (row[j] < -1 || row[j] >= m.plan.rows) {
-      atomicOr(m.errors, unsigned(kBadPlan));
-      row[j] = -1;
-    }
+    const bool outside = row[j] < -1 || row[j] >= m.plan.rows;
+    bad |= outside;
+    row[j] = outside ? -1 : row[j];
   }
+  if (bad) atomicOr(m.errors, unsigned(kBadPlan));
 }
 
 // The weights of the same slots: 0 for those without a row, 1 if there are no weights.
@@ -199,40 +211,43 @@ __device__ void add_dot(const Word<T, N>& a, const Word<T, N>& b, sum_t<T>& dot)
 template <class W>
 __device__ void load_words(const W* rows, const int32_t (&row)[kSlots], int64_t words, int64_t c, W (&word)[kSlots]) {
 #pragma unroll
-  for (int j = 0; j < kSlots; ++j) word[j] = row[j] >= 0 ? load(rows + row[j] * words + c) : W{};
+  for (int j = 0; j < kSlots; ++j) word[j] = load_if(row[j] >= 0, rows + row[j] * words + c);
 }
 
-// Adds up the parts of the team's threads and writes the dots of kSlots slots. For a whole block.
+// Adds up what the team's threads have of the dots of kSlots slots, and writes them. For a whole block.
 template <class Dot>
 __device__ void write_dots(const Move& m, int64_t token, int64_t first, const int32_t (&row)[kSlots],
                            Dot (&dot)[kSlots], Dot* dots) {
   CU_SHARED(Dot, parts, [kWarps][kSlots]);
   const int team = 1 << m.team_bits, lane = team_lane(m), warp = int(threadIdx.x) / kWarp;
+  const int64_t slots = token < m.plan.tokens ? m.plan.k - first : 0;
+  Dot* const to = dots + token * m.plan.k + first;
 #pragma unroll
-  for (int j = 0; j < kSlots; ++j)
-    for (int d = min(team, kWarp) / 2; d; d /= 2) dot[j] += __shfl_xor_sync(kFull, dot[j], d);
-  if (team > kWarp) {
+  for (int j = 0; j < kSlots; ++j) dot[j] = row[j] >= 0 ? dot[j] : Dot(0);  // even where the token is NaN
+  for (int d = min(team, kWarp) / 2; d; d /= 2)
+#pragma unroll
+    for (int j = 0; j < kSlots; ++j) dot[j] += __shfl_xor_sync(kFull, dot[j], d);
+  if (team <= kWarp) {
 #pragma unroll
     for (int j = 0; j < kSlots; ++j)
-      if (lane % kWarp == j) parts[warp][j] = dot[j];
-    __syncthreads();
-#pragma unroll
-    for (int j = 0; j < kSlots; ++j) {
-      dot[j] = parts[warp - lane / kWarp][j];
-      for (int w = 1; w < team / kWarp; ++w) dot[j] += parts[warp - lane / kWarp + w][j];
-    }
-    __syncthreads();
+      if (j < slots && (j & (team - 1)) == lane) to[j] = dot[j];
+    return;
   }
-  // A dot with no row is 0 even where the token is NaN.
 #pragma unroll
   for (int j = 0; j < kSlots; ++j)
-    if (token < m.plan.tokens && first + j < m.plan.k && (j & (team - 1)) == lane)
-      dots[token * m.plan.k + first + j] = row[j] >= 0 ? dot[j] : Dot(0);
+    if (lane % kWarp == 0) parts[warp][j] = dot[j];
+  __syncthreads();
+  if (lane < kSlots && lane < slots) {
+    Dot sum = parts[warp][lane];
+    for (int w = 1; w < team / kWarp; ++w) sum += parts[warp + w][lane];
+    to[lane] = sum;
+  }
+  __syncthreads();
 }
 
 // rows[row] = weight * token for the slots of every token, and the dots of the token with a.rows.
 template <class T, int N, bool kDots>
-__global__ void __launch_bounds__(kThreads) spread_kernel(Arrays<T, N> a, Move m) {
+__global__ void __launch_bounds__(kThreads, kDots ? kDotBlocks : kSumBlocks) spread_kernel(Arrays<T, N> a, Move m) {
   if (blockIdx.x < m.free_blocks) return zero_free_rows(m, a.out);
   const int64_t token = team_token(m), words = token < m.plan.tokens ? m.words : 0;
   for (int64_t first = 0; first < m.plan.k; first += kSlots) {
@@ -285,7 +300,7 @@ __device__ void store_total(const Total<T, N>& total, Word<T, N>* to) {
 
 // out[token] = sum over its slots of weight * row.
 template <bool kWeighted, class T, int N>
-__global__ void __launch_bounds__(kThreads) combine_kernel(Arrays<T, N> a, Move m) {
+__global__ void __launch_bounds__(kThreads, kSumBlocks) combine_kernel(Arrays<T, N> a, Move m) {
   const int64_t token = team_token(m), k = m.plan.k;
   if (token >= m.plan.tokens) return;
   int32_t row[kSlots];
@@ -309,9 +324,9 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(Arrays<T, N> a, Move 
 
 // The dots of every token with the rows of its slots, and in the same pass the sums, if kSlots slots are enough.
 template <class T, int N, bool kSums>
-__global__ void __launch_bounds__(kThreads) combine_dots_kernel(Arrays<T, N> a, Move m) {
+__global__ void __launch_bounds__(kThreads, kDotBlocks) combine_dots_kernel(Arrays<T, N> a, Move m) {
   const int64_t token = team_token(m), words = token < m.plan.tokens ? m.words : 0;
-  for (int64_t first = 0; first < m.plan.k; first += kSlots) {
+  for (int64_t first = 0; first < (kSums ? 1 : m.plan.k); first += kSlots) {
     int32_t row[kSlots];
     sum_t<T> weight[kSlots], dot[kSlots] = {};
     load_rows(m, token, first, row);
@@ -379,8 +394,8 @@ void with_words(const Pointers& p, int64_t features, Run&& run) {
   const auto arrays = [&]<int N>(std::integral_constant<int, N>) {
     using W = Word<T, N>;
     using Weight = const sum_t<T>;
-    return Arrays<T, N>{static_cast<const W*>(p.tokens), static_cast<const W*>(p.rows),
-                        static_cast<Weight*>(p.weights), static_cast<W*>(p.out), static_cast<sum_t<T>*>(p.dots)};
+    return Arrays<T, N>{static_cast<const W*>(p.tokens), static_cast<const W*>(p.rows), static_cast<Weight*>(p.weights),
+                        static_cast<W*>(p.out), static_cast<sum_t<T>*>(p.dots)};
   };
   const int64_t bytes = word_bytes(features * int64_t(sizeof(T)), {p.tokens, p.rows, p.out});
   if (bytes == kVector) return run(arrays(std::integral_constant<int, kWide<T>>{}));
@@ -401,18 +416,17 @@ void spread(const Arrays<T, N>& a, const Plan& plan, int64_t features, unsigned*
 template <class T, int N>
 void combine(const Arrays<T, N>& a, const Plan& plan, int64_t features, unsigned* errors, Stream stream) {
   const Move m = make_move(plan, features / N, false, errors);
-  const bool dots = a.dots && plan.k > 0, together = dots && a.out && plan.k <= kSlots;
-  if (a.out && !together) {
+  if constexpr (std::is_integral_v<T>) {
+    launch(combine_kernel<false, T, N>, m, stream, a, m);
+  } else {
+    const bool dots = a.dots && plan.k > 0, together = dots && a.out && plan.k <= kSlots;
+    if (together) return launch(combine_dots_kernel<T, N, true>, m, stream, a, m);
+    if (dots) launch(combine_dots_kernel<T, N, false>, m, stream, a, m);
+    if (!a.out) return;
     if (a.weights)
       launch(combine_kernel<true, T, N>, m, stream, a, m);
     else
       launch(combine_kernel<false, T, N>, m, stream, a, m);
-  }
-  if constexpr (!std::is_integral_v<T>) {
-    if (together)
-      launch(combine_dots_kernel<T, N, true>, m, stream, a, m);
-    else if (dots)
-      launch(combine_dots_kernel<T, N, false>, m, stream, a, m);
   }
 }
 
@@ -443,9 +457,8 @@ void permute_weighted(const void* x, const void* weights, const void* y, const P
                       DType dtype, void* out, void* dots, unsigned* errors, int device, void* stream) {
   const DeviceGuard guard(device);
   with_float_type(dtype, [&](auto zero) {
-    with_words<decltype(zero)>({x, y, weights, out, dots}, features, [&](const auto& a) {
-      spread(a, plan, features, errors, static_cast<Stream>(stream));
-    });
+    with_words<decltype(zero)>({x, y, weights, out, dots}, features,
+                               [&](const auto& a) { spread(a, plan, features, errors, static_cast<Stream>(stream)); });
   });
 }
 
@@ -453,9 +466,8 @@ void unpermute_rows(const void* y, const void* weights, const void* x, const Pla
                     void* out, void* dots, unsigned* errors, int device, void* stream) {
   const DeviceGuard guard(device);
   with_sum_type(dtype, [&](auto zero) {
-    with_words<decltype(zero)>({x, y, weights, out, dots}, features, [&](const auto& a) {
-      combine(a, plan, features, errors, static_cast<Stream>(stream));
-    });
+    with_words<decltype(zero)>({x, y, weights, out, dots}, features,
+                               [&](const auto& a) { combine(a, plan, features, errors, static_cast<Stream>(stream)); });
   });
 }
 
