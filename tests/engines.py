@@ -99,6 +99,17 @@ class Engine:
 engine = Engine()
 
 
+def place(value: Any) -> Any:
+    """Tensors that are older than the choice of the engine, such as those of a table, on its device; also the tensors
+    in a tuple (a plan, say) and in a dict."""
+    if isinstance(value, torch.Tensor) and value.device.type == "cpu" != engine.device:
+        return value.detach().to(engine.device).requires_grad_(value.requires_grad)
+    if isinstance(value, tuple):
+        placed = map(place, value)
+        return type(value)(*placed) if hasattr(value, "_fields") else tuple(placed)
+    return {k: place(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
 def choose_schedule(test: str) -> None:
     """Another schedule for every test, the same each time."""
     if engine.is_emulated:

@@ -62,4 +62,30 @@ void unpermute_rows(const void* y, const void* weights, const void* x, const Pla
                     void* out, void* dots, int threads);
 
 }  // namespace cpu
+
+// The same on `device`, enqueued on `stream`; they return without waiting. What the CPU throws for, a kernel can only
+// report: it sets a bit of `errors` (common/device_errors.hpp), treats the bad entry as -1 and goes on.
+namespace cuda {
+
+/// Bytes that plan_permutation wants as `workspace`, aligned to 16. They depend on sizes alone.
+int64_t plan_permutation_workspace(const PlanRequest& request);
+
+/// An id outside [-1, num_experts) is not routed (kBadExpertId).
+void plan_permutation(const PlanRequest& request, const PlanArrays& out, void* workspace, unsigned* errors, int device,
+                      void* stream);
+
+// An entry of either map that is out of range counts as -1 (kBadPlan), so that nothing is read or written out of
+// bounds. That the maps are each other's inverse is not checked: it would cost a dependent look-up at random per slot,
+// and where they are not, rows hold stale or mixed values but stay rows.
+
+void permute_rows(const void* x, const Plan& plan, int64_t row_bytes, void* out, unsigned* errors, int device,
+                  void* stream);
+
+void permute_weighted(const void* x, const void* weights, const void* y, const Plan& plan, int64_t features,
+                      DType dtype, void* out, void* dots, unsigned* errors, int device, void* stream);
+
+void unpermute_rows(const void* y, const void* weights, const void* x, const Plan& plan, int64_t features, DType dtype,
+                    void* out, void* dots, unsigned* errors, int device, void* stream);
+
+}  // namespace cuda
 }  // namespace moeyard

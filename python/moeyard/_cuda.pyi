@@ -5,3 +5,51 @@ runtime_version: int
 def device_errors(device: int) -> int: ...
 def take_device_errors(device: int) -> int: ...
 def identity(input: int, out: int, bytes: int, device: int, stream: int) -> None: ...
+
+Plan = tuple[int, int, int, int, int]  # row_of_slot, slot_of_row, tokens, k, rows
+
+class PlanRequest:
+    def __init__(
+        self,
+        experts: tuple[int, bool],
+        tokens: int,
+        k: int,
+        num_experts: int,
+        capacity: int,
+        align: int,
+        rows: int,
+        weights: int,
+        wide_weights: bool,
+    ) -> None: ...
+
+def plan_permutation_workspace(request: PlanRequest) -> int: ...
+def plan_permutation(
+    request: PlanRequest, out: list[int], workspace: int, errors: int, device: int, stream: int
+) -> None: ...
+def permute_rows(x: int, plan: Plan, row_bytes: int, out: int, errors: int, device: int, stream: int) -> None: ...
+def permute_weighted(
+    x: int,
+    weights: int,
+    y: int,
+    plan: Plan,
+    features: int,
+    dtype: int,
+    out: int,
+    dots: int,
+    errors: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def unpermute_rows(
+    y: int,
+    weights: int,
+    x: int,
+    plan: Plan,
+    features: int,
+    dtype: int,
+    out: int,
+    dots: int,
+    errors: int,
+    device: int,
+    stream: int,
+) -> None: ...

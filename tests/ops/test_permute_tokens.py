@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import moeyard
+from engines import place
 from moeyard.ops._permute_tokens_reference import permute_tokens_reference, unpermute_tokens_reference
 from ops.contract import Inputs, OpContract, assert_equal
+
+pytestmark = pytest.mark.usefixtures("engine")
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 TOLERANCE = {torch.float16: (2e-3, 1e-3), torch.bfloat16: (1e-2, 1e-2)}
@@ -98,26 +101,31 @@ class TestUnpermuteWithoutWeights(TestUnpermute):
 HAND = moeyard.plan_permutation(torch.tensor([[1, 0], [0, -1], [1, 1]]), 2, capacity=4, align=4)
 
 
+def hand() -> Plan:
+    plan: Plan = place(HAND)
+    return plan
+
+
 def test_by_hand() -> None:
     x = torch.tensor([[1, 2], [3, 4], [5, 6]])
     rows = [[1, 2], [3, 4], [0, 0], [0, 0], [1, 2], [5, 6], [5, 6], [0, 0]]
-    got = moeyard.permute_tokens(x, HAND)
+    got = moeyard.permute_tokens(x, hand())
     assert got.tolist() == rows
-    assert moeyard.unpermute_tokens(got, HAND).tolist() == [[2, 4], [3, 4], [10, 12]]
+    assert moeyard.unpermute_tokens(got, hand()).tolist() == [[2, 4], [3, 4], [10, 12]]
     weights = torch.tensor([[0.5, 2.0], [-1.0, 7.0], [0.25, 0.0]])
-    weighted = moeyard.permute_tokens(x.float(), HAND, slot_weights=weights)
+    weighted = moeyard.permute_tokens(x.float(), hand(), slot_weights=weights)
     assert weighted.tolist() == [[2, 4], [-3, -4], [0, 0], [0, 0], [0.5, 1], [1.25, 1.5], [0, 0], [0, 0]]
-    assert moeyard.unpermute_tokens(got.float(), HAND, weights).tolist() == [[2.5, 5], [-3, -4], [1.25, 1.5]]
+    assert moeyard.unpermute_tokens(got.float(), hand(), weights).tolist() == [[2.5, 5], [-3, -4], [1.25, 1.5]]
 
 
 def test_padding_never_leaks() -> None:
     """Free rows may hold anything (grouped_mm leaves them uninitialised); their gradient is zero, not garbage."""
-    y = moeyard.permute_tokens(torch.ones(3, 2), HAND)
-    free = HAND.slot_of_row < 0
+    y = moeyard.permute_tokens(torch.ones(3, 2), hand())
+    free = hand().slot_of_row < 0
     y[free] = float("nan")
     y.requires_grad_()
     weights = torch.ones(3, 2, requires_grad=True)
-    out = moeyard.unpermute_tokens(y, HAND, weights)
+    out = moeyard.unpermute_tokens(y, hand(), weights)
     out.sum().backward()
     assert out.isfinite().all()
     assert weights.grad.tolist() == [[2, 2], [2, 0], [2, 2]]
@@ -141,15 +149,15 @@ def test_accumulates_in_float32_and_in_slot_order() -> None:
 def test_lazy_conjugates_and_negatives() -> None:
     x = torch.randn(3, 2, dtype=torch.complex64)
     for lazy in (x.conj(), x.conj().imag):
-        assert torch.equal(moeyard.permute_tokens(lazy, HAND)[0], lazy[0])
+        assert torch.equal(moeyard.permute_tokens(lazy, hand())[0], lazy[0])
 
 
 def test_weight_gradient_has_the_weights_dtype() -> None:
     for dtype in FLOATS:
         weights = torch.ones(3, 2, dtype=dtype, requires_grad=True)
         x = torch.ones(3, 2, requires_grad=True)
-        y = moeyard.permute_tokens(x, HAND, slot_weights=weights)
-        moeyard.unpermute_tokens(y, HAND, weights).sum().backward()
+        y = moeyard.permute_tokens(x, hand(), slot_weights=weights)
+        moeyard.unpermute_tokens(y, hand(), weights).sum().backward()
         assert weights.grad.dtype == dtype
         assert x.grad.dtype == torch.float32
         assert weights.grad.tolist() == [[4, 4], [4, 0], [4, 4]]
@@ -157,7 +165,7 @@ def test_weight_gradient_has_the_weights_dtype() -> None:
 
 def test_only_the_weights_need_a_gradient() -> None:
     weights = torch.ones(3, 2, requires_grad=True)
-    moeyard.permute_tokens(torch.full((3, 5), 2.0), HAND, slot_weights=weights).sum().backward()
+    moeyard.permute_tokens(torch.full((3, 5), 2.0), hand(), slot_weights=weights).sum().backward()
     assert weights.grad.tolist() == [[10, 10], [10, 0], [10, 10]]
 
 
@@ -169,8 +177,8 @@ def test_second_derivatives_of_each_input(needed: tuple[bool, bool], to_rows: bo
 
     def function(source: Tensor, weights: Tensor) -> Tensor:
         if to_rows:
-            return moeyard.permute_tokens(source, HAND, slot_weights=weights)
-        return moeyard.unpermute_tokens(source, HAND, weights)
+            return moeyard.permute_tokens(source, hand(), slot_weights=weights)
+        return moeyard.unpermute_tokens(source, hand(), weights)
 
     assert torch.autograd.gradcheck(function, (source, weights))
     assert torch.autograd.gradgradcheck(function, (source, weights))
@@ -315,22 +323,15 @@ def map_with(field: str, at: Any, value: int) -> Plan:
         ({"plan": changed(row_of_slot=None)}, TypeError, "plan.row_of_slot: expected a torch.Tensor"),
         ({"plan": changed(row_of_slot=HAND.row_of_slot.long())}, TypeError, "plan.row_of_slot: expected dtype int32"),
         ({"plan": changed(slot_of_row=HAND.slot_of_row[None])}, ValueError, r"plan.slot_of_row: expected shape \[R\]"),
-        ({"plan": map_with("row_of_slot", (1, 0), 8)}, ValueError, r"\[-1, 8\), got 8 at token 1, slot 0"),
-        ({"plan": map_with("row_of_slot", (2, 1), -2)}, ValueError, "got -2 at token 2, slot 1"),
-        ({"plan": map_with("slot_of_row", 3, 6)}, ValueError, r"plan.slot_of_row.*\[-1, 6\), got 6 at row 3"),
-        ({"plan": map_with("slot_of_row", 7, -9)}, ValueError, "got -9 at row 7"),
-        ({"plan": map_with("slot_of_row", 2, 3)}, ValueError, "inverse of slot_of_row"),
-        ({"plan": map_with("row_of_slot", (1, 1), 0)}, ValueError, "inverse of row_of_slot"),
-        ({"plan": map_with("row_of_slot", (0, 0), -1)}, ValueError, "inverse of slot_of_row"),
         ({"slot_weights": 1.0}, TypeError, "slot_weights: expected a torch.Tensor or None"),
         ({"slot_weights": W[:, :1]}, ValueError, r"slot_weights: expected shape \[3, 2\]"),
         ({"slot_weights": W.long()}, TypeError, "slot_weights: expected dtype"),
-        ({"slot_weights": W.to("meta")}, ValueError, "slot_weights: expected device cpu"),
+        ({"slot_weights": W.to("meta")}, ValueError, "slot_weights: expected device"),
     ],
 )
 def test_hostile_permute(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        moeyard.permute_tokens(**{"x": X, "plan": HAND, **arguments})
+        moeyard.permute_tokens(**place({"x": X, "plan": HAND, **arguments}))
 
 
 Y = torch.ones(8, 2)
@@ -345,29 +346,92 @@ Y = torch.ones(8, 2)
         ({"y": Y.bool()}, TypeError, "y: expected dtype"),
         ({"y": Y.int(), "weights": W}, TypeError, "y .with weights.: expected dtype"),
         ({"plan": None}, TypeError, "plan: expected a PermutationPlan"),
-        ({"plan": map_with("row_of_slot", (0, 0), 2**31 - 1)}, ValueError, "plan.row_of_slot"),
         ({"weights": torch.ones(6)}, ValueError, r"weights: expected shape \[3, 2\], got \[6\]"),
         ({"weights": W.bool()}, TypeError, "weights: expected dtype"),
     ],
 )
 def test_hostile_unpermute(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        moeyard.unpermute_tokens(**{"y": Y, "plan": HAND, **arguments})
+        moeyard.unpermute_tokens(**place({"y": Y, "plan": HAND, **arguments}))
+
+
+# ---- plans that contradict themselves ---------------------------------------------------------------------------
+
+
+@pytest.mark.engines("cpu")
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (map_with("row_of_slot", (1, 0), 8), r"\[-1, 8\), got 8 at token 1, slot 0"),
+        (map_with("row_of_slot", (2, 1), -2), "got -2 at token 2, slot 1"),
+        (map_with("slot_of_row", 3, 6), r"plan.slot_of_row.*\[-1, 6\), got 6 at row 3"),
+        (map_with("slot_of_row", 7, -9), "got -9 at row 7"),
+        (map_with("slot_of_row", 2, 3), "inverse of slot_of_row"),
+        (map_with("row_of_slot", (1, 1), 0), "inverse of row_of_slot"),
+        (map_with("row_of_slot", (0, 0), -1), "inverse of slot_of_row"),
+        (map_with("row_of_slot", (0, 0), 2**31 - 1), "plan.row_of_slot"),
+    ],
+)
+def test_bad_plans_are_named(plan: Plan, message: str) -> None:
+    for call in (lambda: moeyard.permute_tokens(X, plan), lambda: moeyard.unpermute_tokens(Y, plan, W)):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+OUTSIDE = (-(2**31), -2, 8, 2**31 - 1)  # of the rows, and of the slots as well
+
+
+@pytest.mark.engines("emulated", "cuda")
+@pytest.mark.parametrize("row", OUTSIDE)
+def test_rows_out_of_range_count_as_none(row: int) -> None:
+    bad, clean = (place(map_with("row_of_slot", (1, 0), r)) for r in (row, -1))
+    x, y, w = place((X, Y.clone(), W))
+    y[:, 0] = torch.arange(8)
+    calls = (
+        lambda plan: (moeyard.unpermute_tokens(y, plan),),
+        lambda plan: (moeyard.unpermute_tokens(y, plan, w),),
+        lambda plan: torch.ops.moeyard.permute_tokens_backward(y, x, *plan[:2], w, True, True),
+        lambda plan: torch.ops.moeyard.unpermute_tokens_backward(x, y, *plan[:2], w, False, True)[1:],
+    )
+    for call in calls:
+        assert_equal(call(bad), call(clean))
+        with pytest.raises(ValueError, match="plan: expected"):
+            moeyard.check_device_errors()
+        moeyard.check_device_errors()  # told once
+    # The row that no slot claims holds anything: nobody has written it.
+    others = [r for r in range(8) if r != 1]
+    for weights in (None, w):
+        spread = [moeyard.permute_tokens(x, plan, slot_weights=weights)[others] for plan in (bad, clean)]
+        assert_equal(spread[:1], spread[1:])
+        with pytest.raises(ValueError, match="plan: expected"):
+            moeyard.check_device_errors()
+
+
+@pytest.mark.engines("emulated", "cuda")
+@pytest.mark.parametrize("slot", OUTSIDE)
+def test_slots_out_of_range_count_as_none(slot: int) -> None:
+    bad, clean = (place(map_with("slot_of_row", 3, s)) for s in (slot, -1))
+    x, w = place((X, W))
+    for weights in (None, w):
+        spread = [moeyard.permute_tokens(x, plan, slot_weights=weights) for plan in (bad, clean)]
+        assert_equal(spread[:1], spread[1:])
+        with pytest.raises(ValueError, match="plan: expected"):
+            moeyard.check_device_errors()
 
 
 def test_backward_checks_its_arguments() -> None:
     backward = torch.ops.moeyard.permute_tokens_backward
-    plan = HAND[:2]
+    plan = place(HAND[:2])
     with pytest.raises(ValueError, match="need_weights: expected x"):
-        backward(Y, None, *plan, W, True, True)
+        backward(place(Y), None, *plan, place(W), True, True)
     with pytest.raises(TypeError, match="x: expected dtype float32, got float64"):
-        backward(Y, X.double(), *plan, W, True, True)
+        backward(*place((Y, X.double())), *plan, place(W), True, True)
     with pytest.raises(ValueError, match=r"x: expected shape \[3, 2\], got \[3, 1\]"):
-        backward(Y, X[:, :1], *plan, W, True, True)
+        backward(*place((Y, X[:, :1])), *plan, place(W), True, True)
 
 
 @pytest.mark.parametrize("weights", [None, torch.ones(3, 2)])
 def test_backward_asked_for_nothing(weights: Tensor | None) -> None:
     for op, grad in (("permute_tokens_backward", Y), ("unpermute_tokens_backward", X)):
-        out = getattr(torch.ops.moeyard, op)(grad, None, *HAND[:2], weights, False, False)
+        out = getattr(torch.ops.moeyard, op)(place(grad), None, *place(HAND[:2]), place(weights), False, False)
         assert [o.numel() for o in out] == [0, 0]

@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import moeyard
+from engines import place
 from moeyard.ops._permute_tokens_reference import plan_permutation_reference
 from moeyard.ops.plan_permutation import plan_rows
 from ops.contract import Inputs, OpContract, assert_equal, scattered
+
+pytestmark = pytest.mark.usefixtures("engine")
 
 NAN, INF = float("nan"), float("inf")
 
@@ -171,9 +174,6 @@ IDS = torch.zeros(3, 2, dtype=torch.int64)
         ({"experts": IDS[0]}, ValueError, r"experts: expected shape \[T, k\], got \[2\]"),
         ({"experts": IDS.float()}, TypeError, "experts: expected dtype int32, int64, got float32"),
         ({"experts": IDS.bool()}, TypeError, "experts"),
-        ({"experts": torch.tensor([[0, 1], [4, 0]])}, ValueError, r"experts.*\[-1, 4\), got 4 at row 1, slot 0"),
-        ({"experts": torch.tensor([[0, -2]])}, ValueError, "got -2 at row 0, slot 1"),
-        ({"experts": torch.tensor([[2**32]])}, ValueError, "got 4294967296 at row 0, slot 0"),
         ({"num_experts": 0}, ValueError, "num_experts: expected at least 1, got 0"),
         ({"num_experts": 4.0}, TypeError, "num_experts: expected an int, got float"),
         ({"num_experts": True}, TypeError, "num_experts"),
@@ -189,13 +189,45 @@ IDS = torch.zeros(3, 2, dtype=torch.int64)
         ({"weights": torch.ones(3, 2)}, ValueError, "weights: expected None unless"),
         ({"weights": torch.ones(3, 3), "drop": "weight"}, ValueError, r"weights: expected shape \[3, 2\]"),
         ({"weights": torch.ones(3, 2).int(), "drop": "weight"}, TypeError, "weights: expected dtype"),
-        ({"weights": torch.ones(3, 2, device="meta"), "drop": "weight"}, ValueError, "weights: expected device cpu"),
+        ({"weights": torch.ones(3, 2, device="meta"), "drop": "weight"}, ValueError, "weights: expected device"),
         ({"weights": 1.0, "drop": "weight"}, TypeError, "weights: expected a torch.Tensor or None"),
     ],
 )
 def test_hostile(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        moeyard.plan_permutation(**{"experts": IDS, "num_experts": 4, **arguments})
+        moeyard.plan_permutation(**place({"experts": IDS, "num_experts": 4, **arguments}))
+
+
+BAD_IDS = [
+    ([[0, 1], [4, 0]], [[0, 1], [-1, 0]], r"experts.*\[-1, 4\), got 4 at row 1, slot 0"),
+    ([[0, -2]], [[0, -1]], "got -2 at row 0, slot 1"),
+    ([[2**32]], [[-1]], "got 4294967296 at row 0, slot 0"),
+    ([[-(2**63), 3, 2**63 - 1]], [[-1, 3, -1]], "got -9223372036854775808 at row 0, slot 0"),
+]
+
+
+@pytest.mark.engines("cpu")
+@pytest.mark.parametrize(("ids", "_", "message"), BAD_IDS)
+def test_ids_out_of_range_are_named(ids: list[list[int]], _: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan(ids, 4)
+
+
+@pytest.mark.engines("emulated", "cuda")
+@pytest.mark.parametrize(("ids", "clean", "_"), BAD_IDS)
+@pytest.mark.parametrize("num_experts", [4, 2000])
+@pytest.mark.parametrize("by_weight", [False, True])
+def test_ids_out_of_range_count_as_none(
+    ids: list[list[int]], clean: list[list[int]], _: Any, num_experts: int, by_weight: bool
+) -> None:
+    if num_experts > 4:
+        ids = [[num_experts if i == 4 else i for i in row] for row in ids]
+    options = {"drop": "weight", "weights": torch.ones(len(ids), len(ids[0]))} if by_weight else {}
+    got = plan(ids, num_experts, capacity=1, **options)
+    with pytest.raises(ValueError, match="experts: expected ids"):
+        moeyard.check_device_errors()
+    assert got == plan(clean, num_experts, capacity=1, **options)
+    moeyard.check_device_errors()  # -1 is no error
 
 
 def test_more_slots_than_the_maps_hold() -> None:
@@ -204,6 +236,7 @@ def test_more_slots_than_the_maps_hold() -> None:
         moeyard.plan_permutation(experts, 4)
 
 
+@pytest.mark.engines("cpu")
 def test_the_first_bad_id_is_named_by_any_number_of_threads() -> None:
     experts = torch.zeros(400_000, 1, dtype=torch.int32)
     experts[[70_000, 150_000, 399_999]] = 9

@@ -11,6 +11,8 @@ Shape letters: T tokens, k experts per token, H features, R rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,7 +20,16 @@ from torch import Tensor
 
 from moeyard import _native
 from moeyard.ops import _check
-from moeyard.ops._register import DTYPE_CODE, Gradient, Op, address, compute_dtype, contiguous, register
+from moeyard.ops._register import (
+    DTYPE_CODE,
+    Gradient,
+    Op,
+    address,
+    compute_dtype,
+    contiguous,
+    device_and_stream,
+    register,
+)
 from moeyard.ops.plan_permutation import PermutationPlan
 
 _ARGS = "Tensor row_of_slot, Tensor slot_of_row, Tensor? {weights}"
@@ -49,7 +60,9 @@ def permute_tokens(x: Tensor, plan: PermutationPlan, *, slot_weights: Tensor | N
         [R, H] in x's dtype; padding and tail rows are zero.
 
     Raises:
-        TypeError, ValueError: a wrong type, shape, dtype or device, or a plan whose two maps contradict each other.
+        TypeError, ValueError: a wrong type, shape, dtype or device, or a plan whose two maps contradict each other. A
+            GPU looks at the ranges of the maps alone: what is out of range counts as -1, and `check_device_errors`
+            tells of it.
 
     Determinism: bit-identical for any number of threads. Autocast: x keeps its dtype. Gradients of any order for the
     four float dtypes, accumulated in float32 (float64 for float64) in slot order; `slot_weights` is used in that
@@ -135,10 +148,24 @@ def _validate_backward(
     _check.shape(name, source, [source.shape[0], grad.shape[1]])
 
 
-# ---- CPU --------------------------------------------------------------------------------------------------------
+# ---- CPU and CUDA ------------------------------------------------------------------------------------------------
+
+
+#: Gives the native module for a tensor, and the last arguments that its functions take.
+_Backend = Callable[[Tensor], tuple[ModuleType, tuple[int, ...]]]
+
+
+def _on_cpu(x: Tensor) -> tuple[ModuleType, tuple[int, ...]]:
+    return _native.cpu, (torch.get_num_threads(),)
+
+
+def _on_cuda(x: Tensor) -> tuple[ModuleType, tuple[int, ...]]:
+    native, (device, stream) = _native.cuda(), device_and_stream(x)
+    return native, (native.device_errors(device), device, stream)
 
 
 def _move(
+    backend: _Backend,
     to_rows: bool,
     source: Tensor,
     other: Tensor | None,
@@ -151,11 +178,11 @@ def _move(
     """Permute (`to_rows`) or unpermute `source`, and the dots of its rows with those of `other`, each if needed."""
     source, row_of_slot, slot_of_row = source.contiguous(), row_of_slot.contiguous(), slot_of_row.contiguous()
     (tokens, k), rows, features = row_of_slot.shape, slot_of_row.shape[0], source.shape[1]
-    plan, threads = (row_of_slot.data_ptr(), slot_of_row.data_ptr(), tokens, k, rows), torch.get_num_threads()
+    plan, (native, last) = (row_of_slot.data_ptr(), slot_of_row.data_ptr(), tokens, k, rows), backend(source)
     out = source.new_empty(rows if to_rows else tokens, features) if need_out else None
     if to_rows and weights is None:
         if out is not None:
-            _native.cpu.permute_rows(source.data_ptr(), plan, features * source.element_size(), out.data_ptr(), threads)
+            native.permute_rows(source.data_ptr(), plan, features * source.element_size(), out.data_ptr(), *last)
         return out, None
     precision = compute_dtype(source.dtype)
     dots = source.new_empty(tokens, k, dtype=precision) if need_dots else None
@@ -165,7 +192,7 @@ def _move(
     if weights is not None and weights.dtype != precision:
         weights = weights.to(precision)
     exact = contiguous(weights)
-    kernel = _native.cpu.permute_weighted if to_rows else _native.cpu.unpermute_rows
+    kernel = native.permute_weighted if to_rows else native.unpermute_rows
     kernel(
         source.data_ptr(),
         address(exact),
@@ -175,26 +202,24 @@ def _move(
         DTYPE_CODE[source.dtype],
         address(out),
         address(dots),
-        threads,
+        *last,
     )
     return out, dots
 
 
-def _permute_cpu(x: Tensor, row_of_slot: Tensor, slot_of_row: Tensor, slot_weights: Tensor | None) -> Tensor:
-    _validate("x", x, row_of_slot, slot_of_row, slot_weights)
-    out, _ = _move(True, x, None, row_of_slot, slot_of_row, slot_weights, True, False)
-    assert out is not None
-    return out
+def _forward(backend: _Backend, name: str) -> Any:
+    """permute_tokens for the name of its source, "x", and unpermute_tokens for "y"."""
+
+    def forward(source: Tensor, row_of_slot: Tensor, slot_of_row: Tensor, weights: Tensor | None) -> Tensor:
+        _validate(name, source, row_of_slot, slot_of_row, weights)
+        out, _ = _move(backend, name == "x", source, None, row_of_slot, slot_of_row, weights, True, False)
+        assert out is not None
+        return out
+
+    return forward
 
 
-def _unpermute_cpu(y: Tensor, row_of_slot: Tensor, slot_of_row: Tensor, weights: Tensor | None) -> Tensor:
-    _validate("y", y, row_of_slot, slot_of_row, weights)
-    out, _ = _move(False, y, None, row_of_slot, slot_of_row, weights, True, False)
-    assert out is not None
-    return out
-
-
-def _backward_cpu(name: str) -> Any:
+def _backward(backend: _Backend, name: str) -> Any:
     def backward(
         grad: Tensor,
         source: Tensor | None,
@@ -205,7 +230,8 @@ def _backward_cpu(name: str) -> Any:
         need_weights: bool,
     ) -> tuple[Tensor, Tensor]:
         _validate_backward(name, grad, source, row_of_slot, slot_of_row, weights, need_weights)
-        out, dots = _move(name == "y", grad, source, row_of_slot, slot_of_row, weights, need_source, need_weights)
+        plan = (row_of_slot, slot_of_row)
+        out, dots = _move(backend, name == "y", grad, source, *plan, weights, need_source, need_weights)
         dtype = compute_dtype(grad.dtype) if weights is None else weights.dtype
         return (
             grad.new_empty(0) if out is None else out,
@@ -310,13 +336,19 @@ def _gradients(op_name: str, name: str) -> tuple[type[Gradient], type[Gradient]]
 
 
 _OPS: dict[str, Op] = {}
-for _name, _source, _schema, _backward_schema, _cpu, _fake in (
-    ("permute_tokens", "x", _PERMUTE, _PERMUTE_BACKWARD, _permute_cpu, _permute_fake),
-    ("unpermute_tokens", "y", _UNPERMUTE, _UNPERMUTE_BACKWARD, _unpermute_cpu, _unpermute_fake),
+for _name, _source, _schema, _backward_schema, _fake in (
+    ("permute_tokens", "x", _PERMUTE, _PERMUTE_BACKWARD, _permute_fake),
+    ("unpermute_tokens", "y", _UNPERMUTE, _UNPERMUTE_BACKWARD, _unpermute_fake),
 ):
-    _forward, _backward = _gradients(_name, _source)
-    _op = register(_schema, cpu=_cpu, fake=_fake, gradient=_forward)
+    _gradient, _second = _gradients(_name, _source)
+    _op = register(
+        _schema, cpu=_forward(_on_cpu, _source), cuda=_forward(_on_cuda, _source), fake=_fake, gradient=_gradient
+    )
     _OPS[_name] = _op.named(row_of_slot="plan.row_of_slot", slot_of_row="plan.slot_of_row")
     _OPS[_name + "_backward"] = register(
-        _backward_schema, cpu=_backward_cpu(_source), fake=_backward_fake(_source), gradient=_backward
+        _backward_schema,
+        cpu=_backward(_on_cpu, _source),
+        cuda=_backward(_on_cuda, _source),
+        fake=_backward_fake(_source),
+        gradient=_second,
     )

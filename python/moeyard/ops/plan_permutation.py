@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moeyard import _native
 from moeyard.ops import _check
-from moeyard.ops._register import address, int_view, register
+from moeyard.ops._register import address, device_and_stream, int_view, register
 
 _SCHEMA = (
     "plan_permutation(Tensor experts, SymInt num_experts, SymInt? capacity, str drop, Tensor? weights, SymInt align)"
@@ -65,8 +65,8 @@ def plan_permutation(
         PermutationPlan. R is static (`plan_rows`), so nothing waits for a device and `torch.compile` sees no new size.
 
     Raises:
-        TypeError, ValueError: a wrong type, shape, device or option, an id out of range (naming row and slot), more
-            than 2^31 - 1 slots or rows.
+        TypeError, ValueError: a wrong type, shape, device or option, an id out of range (naming row and slot; on a GPU
+            it counts as -1, and `check_device_errors` tells of it), more than 2^31 - 1 slots or rows.
 
     Determinism: integers, equal on every device and for any number of threads. Autocast and gradients do not apply.
     Source: GShard (arXiv 2006.16668) for capacity; MegaBlocks (arXiv 2211.15841) for blocks without dropping.
@@ -125,16 +125,16 @@ def _outputs(experts: Tensor, num_experts: Any, rows: Any) -> tuple[Tensor, Tens
     return row_of_slot, row_of_slot.new_empty(rows), counts, torch.empty_like(counts), row_of_slot.new_empty(size=())
 
 
-def _cpu(
+def _request(
     experts: Tensor, num_experts: int, capacity: int | None, drop: str, weights: Tensor | None, align: int
-) -> tuple[Tensor, ...]:
+) -> tuple[tuple[Tensor, ...], tuple[Any, ...], tuple[Tensor | None, ...]]:
+    """The outputs, the fields of the native PlanRequest, and the tensors that these point to."""
     rows = _validate(experts, num_experts, capacity, drop, weights, align)
     tokens, k = experts.shape
     experts = experts.contiguous()
     if weights is not None:
         weights = weights.to(torch.promote_types(weights.dtype, torch.float32)).contiguous()
-    out = _outputs(experts, num_experts, rows)
-    _native.cpu.plan_permutation(
+    request = (
         int_view(experts),
         tokens,
         k,
@@ -144,9 +144,27 @@ def _cpu(
         rows,
         address(weights),
         weights is not None and weights.dtype == torch.float64,
-        [o.data_ptr() for o in out],
-        torch.get_num_threads(),
     )
+    return _outputs(experts, num_experts, rows), request, (experts, weights)
+
+
+def _cpu(
+    experts: Tensor, num_experts: int, capacity: int | None, drop: str, weights: Tensor | None, align: int
+) -> tuple[Tensor, ...]:
+    out, request, _held = _request(experts, num_experts, capacity, drop, weights, align)
+    _native.cpu.plan_permutation(*request, [o.data_ptr() for o in out], torch.get_num_threads())
+    return out
+
+
+def _cuda(
+    experts: Tensor, num_experts: int, capacity: int | None, drop: str, weights: Tensor | None, align: int
+) -> tuple[Tensor, ...]:
+    out, fields, _held = _request(experts, num_experts, capacity, drop, weights, align)
+    native, (device, stream) = _native.cuda(), device_and_stream(experts)
+    request = native.PlanRequest(*fields)
+    workspace = experts.new_empty(native.plan_permutation_workspace(request), dtype=torch.uint8)
+    addresses = [o.data_ptr() for o in out]
+    native.plan_permutation(request, addresses, workspace.data_ptr(), native.device_errors(device), device, stream)
     return out
 
 
@@ -156,4 +174,4 @@ def _fake(
     return _outputs(experts, num_experts, _validate(experts, num_experts, capacity, drop, weights, align))
 
 
-_op = register(_SCHEMA, cpu=_cpu, fake=_fake, options={"drop": _DROP})
+_op = register(_SCHEMA, cpu=_cpu, cuda=_cuda, fake=_fake, options={"drop": _DROP})

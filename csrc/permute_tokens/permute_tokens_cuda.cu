@@ -1,0 +1,474 @@
+// Two kernels with an optional dot product per slot do all four passes, and a third copies rows of any type.
+//
+// A team of threads works on one token: it keeps the token's words in registers while the rows of the token's slots go
+// by. Teams are as large as the row is long, from one thread to a block, so that neighbouring threads touch
+// neighbouring words. Nothing is shared between teams and there is no atomic sum: orders depend on sizes alone.
+#include <algorithm>
+#include <cstring>
+#include <initializer_list>
+#include <type_traits>
+#include <utility>
+
+#include "common/device.cuh"
+#include "common/device_errors.hpp"
+#include "permute_tokens/permute_tokens.hpp"
+
+namespace moeyard::cuda {
+namespace {
+
+// ---- launch parameters ------------------------------------------------------------------------------------------
+
+constexpr int kWarp = 32;
+constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+constexpr int kSlots = 8;                      // of a token at a time: their rows, weights and dots stay in registers
+constexpr int kWords = 4;                      // of a row per thread, for rows longer than a warp and up to a block
+constexpr int kSumBlocks = 3, kDotBlocks = 2;  // per multiprocessor: leaves registers for kSlots words on their way
+constexpr int kVector = 16;                    // bytes of the widest word
+
+// ---- kernel -----------------------------------------------------------------------------------------------------
+
+constexpr unsigned kFull = 0xffffffffu;
+
+// The unsigned type that the hardware moves as one word.
+template <int kBytes>
+struct Bits;
+template <>
+struct Bits<1> {
+  using type = uint8_t;
+};
+template <>
+struct Bits<2> {
+  using type = uint16_t;
+};
+template <>
+struct Bits<4> {
+  using type = uint32_t;
+};
+template <>
+struct Bits<8> {
+  using type = uint64_t;
+};
+template <>
+struct Bits<16> {
+  using type = uint4;
+};
+
+// N elements that are loaded and stored together.
+template <class T, int N>
+struct alignas(N * sizeof(T)) Word {
+  T item[N];
+};
+
+// Rows are read once and written once, so they go past the first-level cache.
+template <class W>
+__device__ W load_if(bool wanted, const W* from) {
+  using B = typename Bits<sizeof(W)>::type;
+  W word;
+  B bits{};
+  if constexpr (sizeof(W) == kVector)
+    bits = load_streaming_if(wanted, reinterpret_cast<const B*>(from));
+  else if (wanted)
+    bits = __ldg(reinterpret_cast<const B*>(from));
+  memcpy(&word, &bits, sizeof(W));
+  return word;
+}
+template <class W>
+__device__ W load(const W* from) {
+  return load_if(true, from);
+}
+
+template <class W>
+__device__ void store(W* to, const W& word) {
+  using B = typename Bits<sizeof(W)>::type;
+  B bits;
+  memcpy(&bits, &word, sizeof(W));
+  if constexpr (sizeof(W) == kVector)
+    store_streaming(reinterpret_cast<B*>(to), bits);
+  else
+    *reinterpret_cast<B*>(to) = bits;
+}
+
+// Integers are summed as unsigned, which wraps around instead of being undefined.
+template <class T>
+struct Sum {
+  using type = acc_t<T>;
+  static __device__ type load(T v) { return widen(v); }
+  static __device__ T store(type v) { return narrow<T>(v); }
+};
+template <>
+struct Sum<int32_t> {
+  using type = uint32_t;
+  static __device__ type load(int32_t v) { return uint32_t(v); }
+  static __device__ int32_t store(type v) { return int32_t(v); }
+};
+template <>
+struct Sum<int64_t> {
+  using type = uint64_t;
+  static __device__ type load(int64_t v) { return uint64_t(v); }
+  static __device__ int64_t store(type v) { return int64_t(v); }
+};
+template <class T>
+using sum_t = typename Sum<T>::type;
+
+// A plan and how a grid is spread over it.
+struct Move {
+  Plan plan;
+  int64_t words;        // of a row
+  int team_bits;        // a team has 1 << team_bits threads
+  int64_t free_blocks;  // the first blocks of the grid look for rows without a slot
+  unsigned* errors;
+};
+
+// The token of this thread's team; past the last for the teams that have none.
+__device__ int64_t team_token(const Move& m) {
+  return ((int64_t(blockIdx.x) - m.free_blocks) * kThreads + threadIdx.x) >> m.team_bits;
+}
+
+__device__ int team_lane(const Move& m) { return int(threadIdx.x) & ((1 << m.team_bits) - 1); }
+
+// The rows of kSlots slots of a token, from choice `first` on; -1 for none. What is out of range must not become an
+// address. One look at the errors after all loads, for a branch after each would hold up the next.
+__device__ void load_rows(const Move& m, int64_t token, int64_t first, int32_t (&row)[kSlots]) {
+  const int32_t* const rows = m.plan.row_of_slot + token * m.plan.k + first;
+  const int64_t slots = token < m.plan.tokens ? m.plan.k - first : 0;
+#pragma unroll
+  for (int j = 0; j < kSlots; ++j) row[j] = j < slots ? __ldg(rows + j) : -1;
+  bool bad = false;
+#pragma unroll
+  for (int j = 0; j < kSlots; ++j) {
+    const bool outside = row[j] < -1 || row[j] >= m.plan.rows;
+    bad |= outside;
+    row[j] = outside ? -1 : row[j];
+  }
+  if (bad) atomicOr(m.errors, unsigned(kBadPlan));
+}
+
+// The weights of the same slots: 0 for those without a row, 1 if there are no weights.
+template <class Weight>
+__device__ void load_weights(const Move& m, const Weight* weights, int64_t token, int64_t first,
+                             const int32_t (&row)[kSlots], Weight (&weight)[kSlots]) {
+#pragma unroll
+  for (int j = 0; j < kSlots; ++j) {
+    weight[j] = Weight(row[j] >= 0);
+    if (weights && row[j] >= 0) weight[j] = __ldg(weights + token * m.plan.k + first + j);
+  }
+}
+
+// Zeroes rows without a slot. Each lane looks at one row; if rows are long, the block's warps share the free ones of 32
+// rows, else each warp has 32 of its own.
+template <class W>
+__device__ void zero_free_rows(const Move& m, W* out) {
+  const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
+  const int shared_by = m.words > kWarp ? kWarps : 1;
+  const int64_t base = (int64_t(blockIdx.x) * kWarps + warp) / shared_by * kWarp, row = base + lane;
+  const int64_t slots = m.plan.tokens * m.plan.k;
+  const int32_t slot = row < m.plan.rows ? m.plan.slot_of_row[row] : 0;
+  const bool bad = row < m.plan.rows && (slot < -1 || slot >= slots);
+  if (bad) atomicOr(m.errors, unsigned(kBadPlan));
+  unsigned free_rows = __ballot_sync(kFull, slot == -1 || bad);
+  for (int i = 0; free_rows; ++i, free_rows &= free_rows - 1) {
+    if (i % shared_by != warp % shared_by) continue;
+    W* const to = out + (base + __ffs(int(free_rows)) - 1) * m.words;
+    for (int64_t c = lane; c < m.words; c += kWarp) store(to + c, W{});
+  }
+}
+
+// Every token's words to the rows of its slots.
+template <class W>
+__global__ void __launch_bounds__(kThreads) copy_rows_kernel(const W* x, Move m, W* out) {
+  if (blockIdx.x < m.free_blocks) return zero_free_rows(m, out);
+  const int64_t token = team_token(m);
+  if (token >= m.plan.tokens) return;
+  for (int64_t first = 0; first < m.plan.k; first += kSlots) {
+    int32_t row[kSlots];
+    load_rows(m, token, first, row);
+    for (int64_t c = team_lane(m); c < m.words; c += 1 << m.team_bits) {
+      const W word = load(x + token * m.words + c);
+#pragma unroll
+      for (int j = 0; j < kSlots; ++j)
+        if (row[j] >= 0) store(out + row[j] * m.words + c, word);
+    }
+  }
+}
+
+template <class T, int N>
+struct Arrays {
+  using Weight = sum_t<T>;
+  const Word<T, N>* tokens;  // [tokens, words] what is spread, or what the dots are taken with
+  const Word<T, N>* rows;    // [rows, words] likewise for combine
+  const Weight* weights;     // [slots] or null
+  Word<T, N>* out;           // null: the dots alone
+  Weight* dots;              // [slots] or null
+};
+
+template <class T, int N>
+__device__ void add_dot(const Word<T, N>& a, const Word<T, N>& b, sum_t<T>& dot) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) dot += Sum<T>::load(a.item[i]) * Sum<T>::load(b.item[i]);
+}
+
+// The words of kSlots rows, all on their way before the first is used; zeros for slots without a row.
+template <class W>
+__device__ void load_words(const W* rows, const int32_t (&row)[kSlots], int64_t words, int64_t c, W (&word)[kSlots]) {
+#pragma unroll
+  for (int j = 0; j < kSlots; ++j) word[j] = load_if(row[j] >= 0, rows + row[j] * words + c);
+}
+
+// Adds up what the team's threads have of the dots of kSlots slots, and writes them. For a whole block.
+template <class Dot>
+__device__ void write_dots(const Move& m, int64_t token, int64_t first, const int32_t (&row)[kSlots],
+                           Dot (&dot)[kSlots], Dot* dots) {
+  CU_SHARED(Dot, parts, [kWarps][kSlots]);
+  const int team = 1 << m.team_bits, lane = team_lane(m), warp = int(threadIdx.x) / kWarp;
+  const int64_t slots = token < m.plan.tokens ? m.plan.k - first : 0;
+  Dot* const to = dots + token * m.plan.k + first;
+#pragma unroll
+  for (int j = 0; j < kSlots; ++j) dot[j] = row[j] >= 0 ? dot[j] : Dot(0);  // even where the token is NaN
+  for (int d = min(team, kWarp) / 2; d; d /= 2)
+#pragma unroll
+    for (int j = 0; j < kSlots; ++j) dot[j] += __shfl_xor_sync(kFull, dot[j], d);
+  if (team <= kWarp) {
+#pragma unroll
+    for (int j = 0; j < kSlots; ++j)
+      if (j < slots && (j & (team - 1)) == lane) to[j] = dot[j];
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < kSlots; ++j)
+    if (lane % kWarp == 0) parts[warp][j] = dot[j];
+  __syncthreads();
+  if (lane < kSlots && lane < slots) {
+    Dot sum = parts[warp][lane];
+    for (int w = 1; w < team / kWarp; ++w) sum += parts[warp + w][lane];
+    to[lane] = sum;
+  }
+  __syncthreads();
+}
+
+// rows[row] = weight * token for the slots of every token, and the dots of the token with a.rows.
+template <class T, int N, bool kDots>
+__global__ void __launch_bounds__(kThreads, kDots ? kDotBlocks : kSumBlocks) spread_kernel(Arrays<T, N> a, Move m) {
+  if (blockIdx.x < m.free_blocks) return zero_free_rows(m, a.out);
+  const int64_t token = team_token(m), words = token < m.plan.tokens ? m.words : 0;
+  for (int64_t first = 0; first < m.plan.k; first += kSlots) {
+    int32_t row[kSlots];
+    sum_t<T> weight[kSlots], dot[kSlots] = {};
+    load_rows(m, token, first, row);
+    load_weights(m, a.weights, token, first, row, weight);
+    for (int64_t c = team_lane(m); c < words; c += 1 << m.team_bits) {
+      const Word<T, N> x = load(a.tokens + token * words + c);
+      Word<T, N> y[kSlots];
+      if constexpr (kDots) load_words(a.rows, row, words, c, y);
+#pragma unroll
+      for (int j = 0; j < kSlots; ++j) {
+        if constexpr (kDots) add_dot(x, y[j], dot[j]);
+        if (!a.out || row[j] < 0) continue;
+        Word<T, N> scaled;
+#pragma unroll
+        for (int i = 0; i < N; ++i) scaled.item[i] = Sum<T>::store(weight[j] * Sum<T>::load(x.item[i]));
+        store(a.out + row[j] * words + c, scaled);
+      }
+    }
+    if constexpr (kDots) write_dots(m, token, first, row, dot, a.dots);
+  }
+}
+
+template <class T, int N>
+struct Total {
+  sum_t<T> item[N];
+};
+
+// Adds weight * row in slot order. Slots without a row add 0 * 0, which changes no sum that began at +0.
+template <bool kWeighted, class T, int N>
+__device__ void add_words(const Word<T, N> (&word)[kSlots], const sum_t<T> (&weight)[kSlots], Total<T, N>& total) {
+#pragma unroll
+  for (int j = 0; j < kSlots; ++j)
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const sum_t<T> term = Sum<T>::load(word[j].item[i]);
+      total.item[i] += kWeighted ? weight[j] * term : term;
+    }
+}
+
+template <class T, int N>
+__device__ void store_total(const Total<T, N>& total, Word<T, N>* to) {
+  Word<T, N> word;
+#pragma unroll
+  for (int i = 0; i < N; ++i) word.item[i] = Sum<T>::store(total.item[i]);
+  store(to, word);
+}
+
+// out[token] = sum over its slots of weight * row.
+template <bool kWeighted, class T, int N>
+__global__ void __launch_bounds__(kThreads, kSumBlocks) combine_kernel(Arrays<T, N> a, Move m) {
+  const int64_t token = team_token(m), k = m.plan.k;
+  if (token >= m.plan.tokens) return;
+  int32_t row[kSlots];
+  sum_t<T> weight[kSlots];
+  load_rows(m, token, 0, row);
+  load_weights(m, a.weights, token, 0, row, weight);
+  for (int64_t c = team_lane(m); c < m.words; c += 1 << m.team_bits) {
+    Total<T, N> total{};
+    for (int64_t first = 0; first < k; first += kSlots) {
+      if (k > kSlots) {
+        load_rows(m, token, first, row);
+        load_weights(m, a.weights, token, first, row, weight);
+      }
+      Word<T, N> y[kSlots];
+      load_words(a.rows, row, m.words, c, y);
+      add_words<kWeighted>(y, weight, total);
+    }
+    store_total(total, a.out + token * m.words + c);
+  }
+}
+
+// The dots of every token with the rows of its slots, and in the same pass the sums, if kSlots slots are enough.
+template <class T, int N, bool kSums>
+__global__ void __launch_bounds__(kThreads, kDotBlocks) combine_dots_kernel(Arrays<T, N> a, Move m) {
+  const int64_t token = team_token(m), words = token < m.plan.tokens ? m.words : 0;
+  for (int64_t first = 0; first < (kSums ? 1 : m.plan.k); first += kSlots) {
+    int32_t row[kSlots];
+    sum_t<T> weight[kSlots], dot[kSlots] = {};
+    load_rows(m, token, first, row);
+    if constexpr (kSums) load_weights(m, a.weights, token, first, row, weight);
+    for (int64_t c = team_lane(m); c < words; c += 1 << m.team_bits) {
+      const Word<T, N> x = load(a.tokens + token * words + c);
+      Word<T, N> y[kSlots];
+      load_words(a.rows, row, words, c, y);
+#pragma unroll
+      for (int j = 0; j < kSlots; ++j) add_dot(x, y[j], dot[j]);
+      if constexpr (kSums) {
+        Total<T, N> total{};
+        add_words<true>(y, weight, total);
+        store_total(total, a.out + token * words + c);
+      }
+    }
+    write_dots(m, token, first, row, dot, a.dots);
+  }
+}
+
+// ---- launcher ---------------------------------------------------------------------------------------------------
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Bytes of the widest word in which rows of row_bytes at these addresses can be moved.
+int64_t word_bytes(int64_t row_bytes, std::initializer_list<const void*> addresses) {
+  uint64_t bits = uint64_t(row_bytes) | kVector;
+  for (const void* address : addresses) bits |= reinterpret_cast<uintptr_t>(address);
+  return int64_t(bits & (0 - bits));
+}
+
+Move make_move(const Plan& plan, int64_t words, bool zeroes, unsigned* errors) {
+  const int64_t threads = words <= kWarp ? words : std::max<int64_t>(kWarp, ceil_div(words, kWords));
+  int bits = 0;
+  while (1 << bits < std::min<int64_t>(threads, kThreads)) ++bits;
+  const int64_t looked_at = words > kWarp ? kWarp : kThreads;  // rows of a block in zero_free_rows
+  return {plan, words, bits, zeroes ? ceil_div(plan.rows, looked_at) : 0, errors};
+}
+
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), const Move& m, Stream stream, Args&&... args) {
+  const int64_t blocks = m.free_blocks + ceil_div(m.plan.tokens << m.team_bits, kThreads);
+  if (blocks) cu_launch(kernel, dim3(unsigned(blocks)), dim3(kThreads), 0, stream, std::forward<Args>(args)...);
+}
+
+template <class W>
+void copy_rows(const void* x, const Plan& plan, int64_t row_bytes, void* out, unsigned* errors, Stream stream) {
+  const Move m = make_move(plan, row_bytes / int64_t(sizeof(W)), true, errors);
+  launch(copy_rows_kernel<W>, m, stream, static_cast<const W*>(x), m, static_cast<W*>(out));
+}
+
+template <class T>
+constexpr int kWide = kVector / int(sizeof(T));
+template <class T>
+constexpr int kNarrow = sizeof(T) == 2 ? 2 : 1;  // an even number of 16-bit elements
+
+struct Pointers {
+  const void *tokens, *rows, *weights;
+  void *out, *dots;
+};
+
+// Calls run(arrays) with the widest words that all rows allow.
+template <class T, class Run>
+void with_words(const Pointers& p, int64_t features, Run&& run) {
+  const auto arrays = [&]<int N>(std::integral_constant<int, N>) {
+    using W = Word<T, N>;
+    using Weight = const sum_t<T>;
+    return Arrays<T, N>{static_cast<const W*>(p.tokens), static_cast<const W*>(p.rows), static_cast<Weight*>(p.weights),
+                        static_cast<W*>(p.out), static_cast<sum_t<T>*>(p.dots)};
+  };
+  const int64_t bytes = word_bytes(features * int64_t(sizeof(T)), {p.tokens, p.rows, p.out});
+  if (bytes == kVector) return run(arrays(std::integral_constant<int, kWide<T>>{}));
+  if (kNarrow<T> > 1 && bytes >= kNarrow<T> * int64_t(sizeof(T)))
+    return run(arrays(std::integral_constant<int, kNarrow<T>>{}));
+  run(arrays(std::integral_constant<int, 1>{}));
+}
+
+template <class T, int N>
+void spread(const Arrays<T, N>& a, const Plan& plan, int64_t features, unsigned* errors, Stream stream) {
+  const Move m = make_move(plan, features / N, a.out, errors);
+  if (a.dots)
+    launch(spread_kernel<T, N, true>, m, stream, a, m);
+  else
+    launch(spread_kernel<T, N, false>, m, stream, a, m);
+}
+
+template <class T, int N>
+void combine(const Arrays<T, N>& a, const Plan& plan, int64_t features, unsigned* errors, Stream stream) {
+  const Move m = make_move(plan, features / N, false, errors);
+  if constexpr (std::is_integral_v<T>) {
+    launch(combine_kernel<false, T, N>, m, stream, a, m);
+  } else {
+    const bool dots = a.dots && plan.k > 0, together = dots && a.out && plan.k <= kSlots;
+    if (together) return launch(combine_dots_kernel<T, N, true>, m, stream, a, m);
+    if (dots) launch(combine_dots_kernel<T, N, false>, m, stream, a, m);
+    if (!a.out) return;
+    if (a.weights)
+      launch(combine_kernel<true, T, N>, m, stream, a, m);
+    else
+      launch(combine_kernel<false, T, N>, m, stream, a, m);
+  }
+}
+
+template <class F>
+void with_sum_type(DType dtype, F&& f) {
+  if (dtype == DType::i32) return f(int32_t{});
+  if (dtype == DType::i64) return f(int64_t{});
+  with_float_type(dtype, f);
+}
+
+}  // namespace
+
+void permute_rows(const void* x, const Plan& plan, int64_t row_bytes, void* out, unsigned* errors, int device,
+                  void* stream) {
+  const DeviceGuard guard(device);
+  if (row_bytes == 0) return;
+  const auto s = static_cast<Stream>(stream);
+  switch (word_bytes(row_bytes, {x, out})) {
+    case 16: return copy_rows<uint4>(x, plan, row_bytes, out, errors, s);
+    case 8: return copy_rows<uint64_t>(x, plan, row_bytes, out, errors, s);
+    case 4: return copy_rows<uint32_t>(x, plan, row_bytes, out, errors, s);
+    case 2: return copy_rows<uint16_t>(x, plan, row_bytes, out, errors, s);
+    default: return copy_rows<uint8_t>(x, plan, row_bytes, out, errors, s);
+  }
+}
+
+void permute_weighted(const void* x, const void* weights, const void* y, const Plan& plan, int64_t features,
+                      DType dtype, void* out, void* dots, unsigned* errors, int device, void* stream) {
+  const DeviceGuard guard(device);
+  with_float_type(dtype, [&](auto zero) {
+    with_words<decltype(zero)>({x, y, weights, out, dots}, features,
+                               [&](const auto& a) { spread(a, plan, features, errors, static_cast<Stream>(stream)); });
+  });
+}
+
+void unpermute_rows(const void* y, const void* weights, const void* x, const Plan& plan, int64_t features, DType dtype,
+                    void* out, void* dots, unsigned* errors, int device, void* stream) {
+  const DeviceGuard guard(device);
+  with_sum_type(dtype, [&](auto zero) {
+    with_words<decltype(zero)>({x, y, weights, out, dots}, features,
+                               [&](const auto& a) { combine(a, plan, features, errors, static_cast<Stream>(stream)); });
+  });
+}
+
+}  // namespace moeyard::cuda
