@@ -1,8 +1,8 @@
 // Module _cuda: m.def lines only. Pointers and streams arrive as integers; the GIL is released around every launch.
 // The module's absence from the wheel is what "built without CUDA" means (see python/moeyard/_native.py).
-#include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
+#include "common/device_errors.hpp"
 #include "identity/identity.hpp"
 
 namespace py = pybind11;
@@ -19,7 +19,11 @@ T* at(Address a) {
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of moeyard on raw addresses; use moeyard.ops instead.";
-  m.attr("runtime_version") = CUDART_VERSION;
+  m.attr("runtime_version") = MOEYARD_CUDART_VERSION;
+  m.def(
+      "device_errors", [](int device) { return reinterpret_cast<Address>(moeyard::cuda::device_errors(device)); },
+      "device"_a, NoGil());
+  m.def("take_device_errors", &moeyard::cuda::take_device_errors, "device"_a, NoGil());
   m.def(
       "identity",
       [](Address in, Address out, int64_t bytes, int device, Address stream) {

@@ -1,5 +1,5 @@
-// How every kernel of moeyard is launched: through cu_launch, never with <<<>>>, so that there is one place for launch
-// attributes and error checks, and so that the kernels can also be compiled for another execution engine.
+// CUDA's side of device.cuh. Every kernel is launched through cu_launch, never with <<<>>>, so that there is one place
+// for launch attributes and error checks; emulation/cuda_on_cpu.hpp has the same names with the same meaning.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -8,7 +8,16 @@
 #include <string>
 #include <utility>
 
+/// A shared array: CU_SHARED(float4, tile, [64]); a shared variable: CU_SHARED(int, total).
+#define CU_SHARED(T, name, ...) __shared__ T name __VA_ARGS__
+/// The launch's dynamic shared memory as a T*, aligned to 16 bytes.
+#define CU_DYN_SHARED(T, name)                                      \
+  extern __shared__ __align__(16) unsigned char moeyard_dynamic_[]; \
+  T* const name = reinterpret_cast<T*>(moeyard_dynamic_)
+
 namespace moeyard::cuda {
+
+using Stream = cudaStream_t;
 
 inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
@@ -34,8 +43,7 @@ class DeviceGuard {
 };
 
 template <class... Params, class... Args>
-void cu_launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-               Args&&... args) {
+void cu_launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream, Args&&... args) {
   if (shared_bytes > 48 * 1024)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)),
           "cudaFuncSetAttribute");

@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "common/launch.cuh"
+#include "common/device.cuh"
 #include "identity/identity.hpp"
 
 // ---- kernel -----------------------------------------------------------------------------------------------------
@@ -25,7 +25,7 @@ constexpr int kBlock = 256;
 constexpr int64_t kMaxBlocks = 4096;
 
 template <class Word>
-void copy(const void* in, void* out, int64_t words, cudaStream_t stream) {
+void copy(const void* in, void* out, int64_t words, Stream stream) {
   if (words == 0) return;
   const int64_t blocks = std::min<int64_t>((words + kBlock - 1) / kBlock, kMaxBlocks);
   cu_launch(copy_kernel<Word>, dim3(unsigned(blocks)), dim3(kBlock), 0, stream, static_cast<const Word*>(in),
@@ -37,7 +37,7 @@ void copy(const void* in, void* out, int64_t words, cudaStream_t stream) {
 void identity(const void* in, void* out, int64_t bytes, int device, void* stream) {
   if (bytes == 0) return;
   const DeviceGuard guard(device);
-  const auto s = static_cast<cudaStream_t>(stream);
+  const auto s = static_cast<Stream>(stream);
   const bool aligned = ((reinterpret_cast<uintptr_t>(in) | reinterpret_cast<uintptr_t>(out)) & 15u) == 0;
   const int64_t words = aligned ? bytes / 16 : 0, done = words * 16;
   copy<uint4>(in, out, words, s);
