@@ -45,12 +45,11 @@ struct Gradients {
 template <class A>
 __device__ bool vanishes(A chosen, A max) {
   constexpr A low = A(0.75) * score_math::Format<A>::exp_cutoff;
-  return chosen > -std::numeric_limits<A>::infinity() && score_math::capped(chosen) - score_math::capped(max) < low;
+  return chosen > kLowest<A> && score_math::capped(chosen) - score_math::capped(max) < low;
 }
 
 template <class Team, bool elementwise>
 struct TeamBackward {
-  static constexpr float lowest = -std::numeric_limits<float>::infinity();
   const GateBackwardCall& call;
   const GatingProblem& g;
   const Gradients<float> grads;
@@ -81,7 +80,7 @@ struct TeamBackward {
       const bool bad = live && s < int(g.k) && (v < 0 || v >= int(g.experts));
       if (bad) atomicOr(call.errors, unsigned(kBadGatingId));
       id[r] = bad ? -1 : v;
-      logit[r] = id[r] >= 0 ? load_logit(g, call.logits, t, id[r]) : lowest;
+      logit[r] = id[r] >= 0 ? load_logit(g, call.logits, t, id[r]) : kLowest<float>;
     }
   }
 
@@ -172,7 +171,7 @@ struct TeamBackward {
     const auto see = [&](const float (&logits)[Team::count]) {
       masked = 0;
 #pragma unroll
-      for (int m = 0; m < Team::count; ++m) masked |= unsigned(!(logits[m] > lowest)) << m;
+      for (int m = 0; m < Team::count; ++m) masked |= unsigned(!(logits[m] > kLowest<float>)) << m;
     };
     over_chosen = g.score == Score::softmax_topk;
     if (elementwise ? !grads.of_softmax() : grads.of_weights_only() && (over_chosen || g.renormalize)) {
@@ -210,7 +209,7 @@ struct TeamBackward {
     for (int m = 0; m < Team::count; ++m) {
       // -inf is a mask: gradient 0. NaN stays visible.
       if (!live || (masked >> m & 1u)) x[m] = 0;
-      if (nan >> m & 1u) x[m] = std::numeric_limits<float>::quiet_NaN();
+      if (nan >> m & 1u) x[m] = kNaN<float>;
     }
     if (t < g.rows) store_row(g, call.grad_logits, t, call.packed, team, x);
     __syncwarp();

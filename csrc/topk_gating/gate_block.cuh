@@ -44,7 +44,7 @@ template <class A, class At>
 __device__ A block_max(int n, At at, bool& nan) {
   CU_SHARED(A, largest, [kLanes]);
   const int warps = int(blockDim.x) / kLanes, warp = int(threadIdx.x) / kLanes;
-  A max = -std::numeric_limits<A>::infinity();
+  A max = kLowest<A>;
   bool seen = false;
   for (int i = int(threadIdx.x); i < n; i += int(blockDim.x)) {
     const A v = at(i);
@@ -69,7 +69,7 @@ __device__ RowSoftmax<A> block_softmax(int n, At at, A* e, bool& nan) {
   using score_math::capped;
   RowSoftmax<A> row;
   const A max = block_max<A>(n, at, nan);
-  const bool none = !(max > -std::numeric_limits<A>::infinity());
+  const bool none = !(max > kLowest<A>);
   row.max = none ? A(0) : capped(max);
   for (int i = int(threadIdx.x); i < n; i += int(blockDim.x)) {
     const A v = at(i);

@@ -8,7 +8,6 @@ namespace {
 
 template <class A>
 struct BlockBackward {
-  static constexpr A lowest = -std::numeric_limits<A>::infinity();
   const GateBackwardCall& call;
   const GatingProblem& g;
   const Gradients<A> grads;
@@ -68,9 +67,9 @@ struct BlockBackward {
     A max = 0, over_sum = 1;
     if (over_chosen) {
       bool nan;
-      const auto chosen = [&](int s) { return exists(ids[s]) ? at(ids[s]) : lowest; };
+      const auto chosen = [&](int s) { return exists(ids[s]) ? at(ids[s]) : kLowest<A>; };
       max = block_max<A>(k, chosen, nan);
-      const bool none = !(max > lowest);
+      const bool none = !(max > kLowest<A>);
       max = none ? A(0) : score_math::capped(max);
       over_sum = block_sum<A>(k, [&](int s) { return exp_below(chosen(s), max); });
       if (none) over_sum = 1;
@@ -108,7 +107,7 @@ struct BlockBackward {
   // The gradient of logit i, whose value is x.
   __device__ A logit_grad(int i, A x, A dot) const {
     if (x != x) return x;
-    if (!(x > lowest)) return 0;
+    if (!(x > kLowest<A>)) return 0;
     const A grad = score_grad(i);
     A gx = to_scores ? A(0) : given[i];
     if (elementwise && grad != A(0)) gx += grad * elementwise_slope(g.score, x);

@@ -11,7 +11,6 @@ constexpr int kMaxExperts = 8192;
 template <class A>
 struct BlockGate {
   using Bits = typename KeyBits<A>::type;
-  static constexpr A lowest = -std::numeric_limits<A>::infinity();
   const GateCall& call;
   const GatingProblem& g;
   const BlockSums<A> sums;
@@ -52,10 +51,10 @@ struct BlockGate {
                        : score_math::exp_nonpositive(score_math::capped(x[i]) - row.max) / row.sum;
   }
   __device__ A selection_key(int i) const {
-    if (!(x[i] > lowest)) return lowest;
+    if (!(x[i] > kLowest<A>)) return kLowest<A>;
     A value = raw ? x[i] : score(i);
     if (call.in.bias) value += static_cast<const A*>(call.in.bias)[i];
-    return value > lowest ? value : lowest;
+    return value > kLowest<A> ? value : kLowest<A>;
   }
 
   __device__ void see_scores() {
@@ -76,13 +75,13 @@ struct BlockGate {
       A sum = 0;
       for (int j = 0; j < best_of; ++j) {
         const A v = selection_key(id[n * size + j] & (kMaxExperts - 1));
-        if (!(v > lowest)) break;
+        if (!(v > kLowest<A>)) break;
         sum += v;
       }
-      const bool empty = key[n * size] == ordered(lowest);
+      const bool empty = key[n * size] == ordered(kLowest<A>);
       // A group without a candidate ranks below every other, even below one whose sum overflows.
-      const A least = std::numeric_limits<A>::lowest();
-      key[n * size] = ordered(empty ? lowest : sum > least ? sum : least);
+      constexpr A least = -score_math::Format<A>::largest;
+      key[n * size] = ordered(empty ? kLowest<A> : sum > least ? sum : least);
     });
     __syncthreads();
     each(padded, [&](int i) {
@@ -193,7 +192,7 @@ struct BlockGate {
     });
     if (threadIdx.x == 0) {
       const A lse = row.log_sum_exp();
-      sums.scalar(block)[0] += nan ? std::numeric_limits<A>::quiet_NaN() : lse * lse;
+      sums.scalar(block)[0] += nan ? kNaN<A> : lse * lse;
       sums.scalar(block)[1] += row.entropy;
     }
   }

@@ -35,7 +35,6 @@ struct GateShared {
 /// One row per team. The scores' sums stay in registers, the weights' in shared memory.
 template <class Team, bool elementwise>
 struct TeamGate {
-  static constexpr float lowest = -std::numeric_limits<float>::infinity();
   const GateCall& call;
   const GatingProblem& g;
   const Team team;
@@ -50,7 +49,7 @@ struct TeamGate {
   __device__ void fill_keys(TeamKeys<Team>& keys, const float (&v)[Team::count], unsigned candidates) {
     const auto key = [&](int m) {
       const float value = call.in.bias ? v[m] + shared.bias[team.expert(m)] : v[m];
-      return candidates >> m & 1u ? fmaxf(value, lowest) : lowest;
+      return candidates >> m & 1u ? fmaxf(value, kLowest<float>) : kLowest<float>;
     };
     const unsigned groups = g.num_groups > 0 ? kept_groups(g, team, key) : 0;
     keys.fill(team, key, KeptEntries<Team>(g, groups));
@@ -73,7 +72,7 @@ struct TeamGate {
     if (nan != 0 && live)
 #pragma unroll
       for (int m = 0; m < Team::count; ++m)
-        if (nan >> m & 1u) score_sum[m] = std::numeric_limits<float>::quiet_NaN();
+        if (nan >> m & 1u) score_sum[m] = kNaN<float>;
     if (raw) return;
     if constexpr (!elementwise)
 #pragma unroll
@@ -90,7 +89,7 @@ struct TeamGate {
       return;
     }
 #pragma unroll
-    for (int r = 0; r < Team::run; ++r) w[r] = has(r) ? load_logit(g, call.in.logits, t, slots.id[r]) : lowest;
+    for (int r = 0; r < Team::run; ++r) w[r] = has(r) ? load_logit(g, call.in.logits, t, slots.id[r]) : kLowest<float>;
     if (g.score == Score::softmax_topk)
       slots_softmax<Team::lanes>(has, w);
     else
@@ -135,7 +134,7 @@ struct TeamGate {
       if (raw) return fill_keys(keys, logits, candidates);
       candidates = 0;
 #pragma unroll
-      for (int m = 0; m < Team::count; ++m) candidates |= unsigned(logits[m] > lowest) << m;
+      for (int m = 0; m < Team::count; ++m) candidates |= unsigned(logits[m] > kLowest<float>) << m;
     };
     RowSoftmax<float> row;
     unsigned nan;
@@ -156,7 +155,7 @@ struct TeamGate {
     write(slots, w, t, live);
     const bool any_nan = team.mine(__ballot_sync(kAllLanes, nan != 0)) != 0;
     const float lse = row.log_sum_exp();
-    if (live) lse_sq += any_nan ? std::numeric_limits<float>::quiet_NaN() : lse * lse, entropy += row.entropy;
+    if (live) lse_sq += any_nan ? kNaN<float> : lse * lse, entropy += row.entropy;
   }
 
   // Adds up the teams of the warp, then the warps, and writes the block's sums. The keys' memory is free by now.
@@ -207,7 +206,7 @@ __global__ void __launch_bounds__(kGateThreads, kGateBlocksPerSm) gate_kernel(co
     gate.shared.counts[i] = 0;
     const float bias = call.in.bias && i < experts ? static_cast<const float*>(call.in.bias)[i] : 0.0f;
     if (bias != bias) atomicOr(call.errors, unsigned(kNanBias));
-    gate.shared.bias[i] = bias == bias ? bias : -std::numeric_limits<float>::infinity();
+    gate.shared.bias[i] = bias == bias ? bias : kLowest<float>;
   }
   __syncthreads();
   const int64_t step = int64_t(gridDim.x) * warps * Team::per_warp;

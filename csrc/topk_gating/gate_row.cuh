@@ -14,6 +14,12 @@
 namespace moeyard::cuda {
 namespace {
 
+// Variables, because the functions of numeric_limits are the host's.
+template <class A>
+constexpr A kLowest = -std::numeric_limits<A>::infinity();
+template <class A>
+constexpr A kNaN = std::numeric_limits<A>::quiet_NaN();
+
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kLanes = 32;
 
@@ -130,7 +136,7 @@ template <class Team>
 __device__ void load_row(const GatingProblem& g, const void* logits, int64_t t, bool live, bool packed, const Team& team,
                          float (&x)[Team::count]) {
   const int experts = live ? int(g.experts) : 0;
-  const float outside = live ? -std::numeric_limits<float>::infinity() : 0.0f;
+  const float outside = live ? kLowest<float> : 0.0f;
   with_element(g.dtype, [&](auto* type) {
     using T = std::remove_cv_t<std::remove_pointer_t<decltype(type)>>;
     const T* row = static_cast<const T*>(logits) + t * g.experts;
@@ -228,11 +234,10 @@ struct RowSoftmax {
 /// the bits of the lane's NaN entries.
 template <int N>
 __device__ unsigned sanitize(float (&x)[N]) {
-  constexpr float lowest = -std::numeric_limits<float>::infinity();
   unsigned nan = 0;
 #pragma unroll
   for (int m = 0; m < N; ++m) {
-    if (x[m] != x[m]) nan |= 1u << m, x[m] = lowest;
+    if (x[m] != x[m]) nan |= 1u << m, x[m] = kLowest<float>;
     x[m] = score_math::capped(x[m]);
   }
   return nan;
@@ -258,7 +263,7 @@ __device__ unsigned read_softmax(const GatingProblem& g, const void* logits, int
 #pragma unroll
     for (int m = 1; m < Team::count; ++m) max = fmaxf(max, x[m]);
     row.max = team_max<Team::lanes>(max);
-    const bool none = careful && !(row.max > -std::numeric_limits<float>::infinity());
+    const bool none = careful && !(row.max > kLowest<float>);
     if (none) row.max = 0;
     float sums[Team::run] = {}, dots[Team::run] = {};
 #pragma unroll
@@ -268,8 +273,9 @@ __device__ unsigned read_softmax(const GatingProblem& g, const void* logits, int
       dots[m % Team::run] += exp > 0.0f ? exp * below : 0.0f;
       e[m] = exp;
     }
-    row.sum = none ? 1.0f : fold_experts<Team::lanes>(sums);
+    row.sum = fold_experts<Team::lanes>(sums);
     dot = fold_experts<Team::lanes>(dots);
+    if (none) row.sum = 1;
     if (careful || !__any_sync(kAllLanes, row.sum != row.sum)) break;
   }
   row.finish(dot);
@@ -280,17 +286,16 @@ __device__ unsigned read_softmax(const GatingProblem& g, const void* logits, int
 template <int L, class Has>
 __device__ void slots_softmax(Has has, float (&x)[kLanes / L]) {
   constexpr int run = kLanes / L;
-  constexpr float lowest = -std::numeric_limits<float>::infinity();
-  float max = lowest;
+  float max = kLowest<float>;
 #pragma unroll
   for (int r = 0; r < run; ++r)
     if (has(r)) max = fmaxf(max, x[r]);
   max = team_max<L>(max);
-  const bool none = !(max > lowest);
+  const bool none = !(max > kLowest<float>);
   max = none ? 0.0f : score_math::capped(max);
 #pragma unroll
   for (int r = 0; r < run; ++r) {
-    const float v = has(r) && x[r] == x[r] ? x[r] : lowest;
+    const float v = has(r) && x[r] == x[r] ? x[r] : kLowest<float>;
     x[r] = score_math::exp_nonpositive(score_math::capped(v) - max);
   }
   const float sum = sum_slots<L>([&](int r) { return x[r]; });

@@ -22,7 +22,7 @@ struct TeamKeys {
       float v[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        v[i] = kept(4 * n + i) ? key_of(4 * n + i) : std::numeric_limits<float>::quiet_NaN();
+        v[i] = kept(4 * n + i) ? key_of(4 * n + i) : kNaN<float>;
       *reinterpret_cast<float4*>(key + team.place(team.lane, 4 * n)) = make_float4(v[0], v[1], v[2], v[3]);
       top[n] = fmaxf(fmaxf(v[0], v[1]), fmaxf(v[2], v[3]));
     }
@@ -31,7 +31,7 @@ struct TeamKeys {
   /// Entry m of the calling lane is not to be chosen any more.
   __device__ void remove(const Team& team, int m) {
     float* chunk = key + team.place(team.lane, m / 4 * 4);
-    chunk[m % 4] = std::numeric_limits<float>::quiet_NaN();
+    chunk[m % 4] = kNaN<float>;
     const float4 v = *reinterpret_cast<const float4*>(chunk);
     const float left = fmaxf(fmaxf(v.x, v.y), fmaxf(v.z, v.w));
 #pragma unroll
@@ -63,9 +63,8 @@ struct TeamKeys {
 /// a bit for each of the best `topk_groups` groups. A group's value is the sum of its best one or two candidates.
 template <class Team, class KeyOf>
 __device__ unsigned kept_groups(const GatingProblem& g, const Team& team, KeyOf key_of) {
-  constexpr float lowest = -std::numeric_limits<float>::infinity();
   const int groups = int(g.num_groups), size = int(g.experts) / groups / kLanes;  // in blocks
-  float own = lowest, first = lowest, second = lowest;
+  float own = kLowest<float>, first = kLowest<float>, second = kLowest<float>;
   int group = 0, left = size;
 #pragma unroll
   for (int b = 0; b < Team::blocks; ++b) {
@@ -83,10 +82,10 @@ __device__ unsigned kept_groups(const GatingProblem& g, const Team& team, KeyOf 
       first = fmaxf(first, a);
     }
     float sum = 0.0f + first;
-    if (g.group_score_experts == 2 && second > lowest) sum += second;
+    if (g.group_score_experts == 2 && second > kLowest<float>) sum += second;
     // A group without a candidate ranks below every other, even below one whose sum overflows.
-    if (team.lane == group) own = first > lowest ? fmaxf(sum, std::numeric_limits<float>::lowest()) : lowest;
-    ++group, left = size, first = second = lowest;
+    if (team.lane == group) own = first > kLowest<float> ? fmaxf(sum, -score_math::Format<float>::largest) : kLowest<float>;
+    ++group, left = size, first = second = kLowest<float>;
   }
   int better = 0;
   for (int n = 0; n < groups; ++n) {

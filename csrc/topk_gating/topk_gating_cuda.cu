@@ -1,3 +1,7 @@
+#include <algorithm>
+#include <bit>
+#include <type_traits>
+
 #include "common/device.cuh"
 #include "topk_gating/gate_backward.cuh"
 #include "topk_gating/gate_block_backward.cuh"
@@ -18,15 +22,15 @@ bool fits_team(const GatingProblem& g) {
          (g.num_groups == 0 || g.group_score_experts <= 2);
 }
 
-/// Calls f with the Team for so many experts: few lanes per row, as long as their registers hold it.
+/// Calls f with the Team type for so many experts: few lanes per row, as long as their registers hold it.
 template <class F>
 void with_team(int64_t experts, F f) {
-  if (experts <= 32) return f(Team<8, 1>());
-  if (experts <= 64) return f(Team<8, 2>());
-  if (experts <= 128) return f(Team<8, 4>());
-  if (experts <= 256) return f(Team<8, 8>());
-  if (experts <= 512) return f(Team<16, 16>());
-  f(Team<32, 32>());
+  if (experts <= 32) return f(std::type_identity<Team<8, 1>>());
+  if (experts <= 64) return f(std::type_identity<Team<8, 2>>());
+  if (experts <= 128) return f(std::type_identity<Team<8, 4>>());
+  if (experts <= 256) return f(std::type_identity<Team<8, 8>>());
+  if (experts <= 512) return f(std::type_identity<Team<16, 16>>());
+  f(std::type_identity<Team<32, 32>>());
 }
 
 struct Shape {
@@ -46,7 +50,7 @@ Shape block_shape(const GatingProblem& g) {
 Shape forward_shape(const GatingProblem& g) {
   if (!fits_team(g)) return block_shape(g);
   Shape shape;
-  with_team(g.experts, [&](auto team) { shape = team_shape(g.rows, decltype(team)::per_warp); });
+  with_team(g.experts, [&](auto team) { shape = team_shape(g.rows, decltype(team)::type::per_warp); });
   return shape;
 }
 
@@ -59,7 +63,7 @@ void add_blocks(const GatingProblem& g, const GatingOutputs& out, void* workspac
 void team_forward(GateCall call, Shape shape, Stream stream) {
   const GatingProblem& g = call.problem;
   with_team(g.experts, [&](auto team) {
-    using T = decltype(team);
+    using T = typename decltype(team)::type;
     call.packed = packed_rows<T>(g, call.in.logits, nullptr);
     const auto kernel = is_elementwise(g.score) ? gate_kernel<T, true> : gate_kernel<T, false>;
     cu_launch(kernel, dim3(unsigned(shape.blocks)), dim3(unsigned(shape.threads)),
@@ -87,7 +91,7 @@ void block_backward(const GateBackwardCall& call, Stream stream) {
 void team_backward(GateBackwardCall call, Stream stream) {
   const GatingProblem& g = call.problem;
   with_team(g.experts, [&](auto team) {
-    using T = decltype(team);
+    using T = typename decltype(team)::type;
     call.packed = packed_rows<T>(g, call.logits, call.grad_logits);
     const Shape shape = team_shape(g.rows, T::per_warp);
     const auto kernel = is_elementwise(g.score) ? gate_backward_kernel<T, true> : gate_backward_kernel<T, false>;
