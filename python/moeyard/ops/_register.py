@@ -53,10 +53,6 @@ def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def device_and_stream(x: Tensor) -> tuple[int, int]:
-    return -1, 0
-
-
 class Gradient:
     """How an op is differentiated. `ctx` is that of `torch.autograd.Function`."""
 
