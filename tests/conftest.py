@@ -1,14 +1,16 @@
-"""Shared fixtures: where the real data is, quiet threads, dtype rows of the op contract."""
+"""Shared fixtures: where the real data is, quiet threads, dtype rows of the op contract, what the ops run on."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
+import engines
 from ops import contract
 
 settings.register_profile("default", deadline=None, print_blob=True)
@@ -16,7 +18,29 @@ settings.load_profile("default")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    engines.generate(metafunc)
     contract.pytest_generate_dtypes(metafunc)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = engines.without_engine(items)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(scope="module")
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test on the CPU, under the emulation of CUDA and on a GPU: see tests/engines.py."""
+    with engines.engine.run(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def _schedule(request: pytest.FixtureRequest) -> None:
+    if "engine" in request.fixturenames:
+        request.getfixturevalue("engine")
+        engines.choose_schedule(request.node.nodeid)
 
 
 @pytest.fixture(autouse=True)

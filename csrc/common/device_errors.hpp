@@ -1,5 +1,5 @@
 // What a kernel cannot throw: it treats a bad value as absent, adds its kind to one sticky word of the device, and
-// moeyard.check_device_errors() tells of it later (python/moeyard/_device_errors.py holds the texts).
+// moeyard.check_device_errors() tells of it later (python/moeyard/ops/_device_errors.py holds the texts).
 #pragma once
 
 namespace moeyard::cuda {

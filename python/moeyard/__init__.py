@@ -20,6 +20,7 @@ from moeyard.ops import (
     topk_gating,
     unpermute_tokens,
 )
+from moeyard.ops._device_errors import check_device_errors
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ __all__ = [
     "PermutationPlan",
     "RadiusGraph",
     "Segments",
+    "check_device_errors",
     "gather_segments",
     "identity",
     "knn_graph",

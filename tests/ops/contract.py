@@ -19,6 +19,9 @@ from torch._inductor import config as inductor_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 
+from emulation import set_options
+from engines import SCHEDULES, engine
+
 Inputs = dict[str, Any]
 
 
@@ -156,7 +159,7 @@ class OpContract:
             for i in tensors[1:]:
                 elsewhere = (*args[:i], args[i].to("meta"), *args[i + 1 :])
                 name = op._schema.arguments[i].name
-                with pytest.raises(ValueError, match=f"^{name}: expected device cpu .*, got meta"):
+                with pytest.raises(ValueError, match=f"^{name}: expected device {engine.device}.* .*, got meta"):
                     op(*elsewhere)
 
     def recorded_calls(self, dtype: torch.dtype) -> list[tuple[Any, tuple[Any, ...]]]:
@@ -167,6 +170,8 @@ class OpContract:
         assert calls
         return calls
 
+    # Neither a compiled graph nor an exported one can tell which kernels run below it.
+    @pytest.mark.engines("cpu", "cuda")
     @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
     @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
     def test_compile(self, backend: str, dynamic: bool) -> None:
@@ -177,9 +182,11 @@ class OpContract:
             for seed in (0, 1):
                 inputs = self.inputs(dtype, seed=seed)
                 eager = self.run_with_gradients(inputs)
-                got = type(self)._with_function(compiled).run_with_gradients(inputs)
+                with engine.without_mode():
+                    got = type(self)._with_function(compiled).run_with_gradients(inputs)
                 self.assert_close(got, eager, dtype)
 
+    @pytest.mark.engines("cpu", "cuda")
     def test_export(self) -> None:
         """torch.export gives a program with the same results, tensors as inputs, options baked in."""
         inputs = self.inputs(self.main_dtype())
@@ -187,14 +194,15 @@ class OpContract:
         options = {k: v for k, v in inputs.items() if k not in names}
         module = _Module(lambda tensors: self.run({**options, **dict(zip(names, tensors, strict=True))}))
         tensors = [inputs[n] for n in names]
-        program = torch.export.export(module, (tensors,), strict=False)
-        assert_equal(as_tuple(program.module()(tensors)), self.run(inputs))
+        with engine.without_mode():
+            program = torch.export.export(module, (tensors,), strict=False)
+            assert_equal(as_tuple(program.module()(tensors)), self.run(inputs))
 
     def test_autocast(self) -> None:
         """The policy of every op: dtypes are the caller's choice, autocast changes nothing."""
         inputs = self.inputs(self.grad_dtype() if self.differentiable else self.main_dtype())
         expected = self.run_with_gradients(inputs)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(engine.device, dtype=torch.bfloat16):
             assert_equal(self.run_with_gradients(inputs), expected)
 
     @classmethod
@@ -244,6 +252,18 @@ class OpContract:
             torch.autograd.grad(differentiable, leaves, grads)
         assert_equal(tuple(watched), tuple(before))
 
+    @pytest.mark.engines("emulated")
+    def test_schedules(self) -> None:
+        """The same bits in whatever order threads, warps and blocks run; and no thread waits in vain."""
+        for size, seeds in (("small", range(1, SCHEDULES + 2)), ("large", [SCHEDULES])):
+            inputs = self.inputs(self.grad_dtype() if self.differentiable else self.main_dtype(), size)
+            set_options(seed=0)
+            first = self.run_with_gradients(inputs)
+            for seed in seeds:
+                set_options(seed, poison=0x3C if seed % 4 < 2 else 0xFF)
+                assert_equal(self.run_with_gradients(inputs), first)
+
+    @pytest.mark.engines("cpu", "cuda")
     def test_determinism(self) -> None:
         """100 runs, bit for bit, 20 of them on a size that is really split over threads."""
         for size, runs in (("small", 80), ("large", 20)):
@@ -252,6 +272,7 @@ class OpContract:
             for _ in range(runs - 1):
                 assert_equal(self.run_with_gradients(inputs), first)
 
+    @pytest.mark.engines("cpu")
     def test_threads(self) -> None:
         """1, 2 and 4 threads, bit for bit, on a size that is really split."""
         inputs = self.inputs(self.grad_dtype() if self.differentiable else self.main_dtype(), size="large")
@@ -266,6 +287,7 @@ class OpContract:
         assert_equal(results[1], results[0])
         assert_equal(results[2], results[0])
 
+    @pytest.mark.engines("cpu")
     def test_fork(self) -> None:
         """Forked DataLoader workers, after the parent has used its threads."""
         dtype = self.grad_dtype() if self.differentiable else self.main_dtype()

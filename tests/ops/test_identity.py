@@ -9,6 +9,8 @@ import moeyard
 from moeyard.ops.identity import identity_reference
 from ops.contract import Inputs, OpContract
 
+pytestmark = pytest.mark.usefixtures("engine")
+
 
 class TestIdentity(OpContract):
     function = staticmethod(moeyard.identity)

@@ -17,11 +17,22 @@ from torch.autograd import forward_ad
 from torch.autograd.function import FunctionMeta
 
 from moeyard import _native
-from moeyard.ops import _check
+from moeyard.ops import _check, _device_errors
 from moeyard.ops._direct import DirectCalls, autograd_is_on
+
+
+def _current_stream(index: int) -> int:
+    return int(torch.cuda.current_stream(index).cuda_stream)
+
+
+# torch's own short cut to the same, where it has one.
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _current_stream)
 
 # A module global: an op lives as long as its Library object.
 _LIBRARY = torch.library.Library("moeyard", "DEF")
+
+#: All that `register()` and `named()` have made, so that tests can run CUDA implementations on CPU tensors.
+OPS: list[Op] = []
 
 #: Element types as the native code numbers them (csrc/common/dtype.hpp).
 DTYPE_CODE = {
@@ -53,6 +64,14 @@ def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
+def device_and_stream(x: Tensor) -> tuple[int, int]:
+    """Where the native code runs a kernel on `x`: the device's index and torch's current stream there. A CPU tensor
+    gets this far only under the emulation of CUDA, which has one device, -1."""
+    index = x.get_device()
+    _device_errors.used.add(index)
+    return index, _raw_stream(index) if index >= 0 else 0
+
+
 class Gradient:
     """How an op is differentiated. `ctx` is that of `torch.autograd.Function`."""
 
@@ -69,13 +88,25 @@ class Gradient:
 class Op:
     """One registered operator: `op(*args)` checks the types of its arguments and calls it."""
 
-    def __init__(self, overload: Any, cpu: Callable[..., Any], options: Mapping[str, Sequence[str]]) -> None:
-        self.overload, self._cpu, self._options = overload, cpu, options
+    def __init__(
+        self,
+        overload: Any,
+        cpu: Callable[..., Any],
+        cuda: Callable[..., Any] | None,
+        options: Mapping[str, Sequence[str]],
+    ) -> None:
+        #: What runs on CPU tensors: tests put `cuda` here for a while.
+        self.cpu = cpu
+        self.overload, self.cuda, self._options = overload, cuda, options
         self._apply: Callable[..., Any] | None = None
         arguments = overload._schema.arguments
         self._names = tuple(a.name for a in arguments)
         self._types = tuple(_schema_type(str(a.type)) for a in arguments)
         self._direct = DirectCalls(self._types)
+        OPS.append(self)
+
+    def run_on_cpu(self, *args: Any) -> Any:
+        return self.cpu(*args)
 
     def differentiate(self, gradient: type[Gradient]) -> None:
         """Puts `gradient` on the Autograd key, and on the direct way."""
@@ -87,7 +118,7 @@ class Op:
 
         _LIBRARY.impl(self.overload._schema.name, entry, "Autograd")
         # What Function.apply would do first concerns functorch's wrappers, which no direct call has: 2 us.
-        self._apply = super(torch.autograd.Function, _function(name, gradient, self._cpu)).apply  # type: ignore[misc]
+        self._apply = super(torch.autograd.Function, _function(name, gradient, self.run_on_cpu)).apply  # type: ignore[misc]
 
     def named(self, *required: str, **names: str) -> Op:
         """The same op under another function: it must have the `required` arguments, and its errors call some arguments
@@ -96,12 +127,13 @@ class Op:
         other._types = tuple((k, o and n not in required) for n, (k, o) in zip(self._names, self._types, strict=True))
         other._direct = DirectCalls(other._types)
         other._names = tuple(names.get(name, name) for name in self._names)
+        OPS.append(other)
         return other
 
     def __call__(self, *args: Any) -> Any:
         with_gradient = self._direct.with_gradient(args)
         if with_gradient is False:
-            return self._cpu(*args)
+            return self.cpu(*args)
         if with_gradient and self._apply is not None and autograd_is_on():
             return self._apply(*args)
         for name, (kind, optional), value in zip(self._names, self._types, args, strict=True):
@@ -146,7 +178,7 @@ def register(
     Args:
         schema: a torch schema, such as "identity(Tensor x) -> Tensor".
         cpu, cuda: the implementations; they validate, allocate with torch and pass addresses on. Without `cuda` a CUDA
-            tensor gets an error that says so.
+            tensor gets an error that says so. Under the emulation of CUDA, which tests use, `cuda` gets CPU tensors.
         fake: shapes and dtypes of the outputs, for `torch.compile`, export and meta tensors.
         gradient: None for an op without one; for an op whose derivative is not supported, the message of the
             NotImplementedError that asking for it raises.
@@ -156,11 +188,13 @@ def register(
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     overload = getattr(torch.ops.moeyard, name).default
     names = [a.name for a in overload._schema.arguments]
-    _LIBRARY.impl(name, cpu, "CPU")
+    if cuda and _device_errors.CHECK_AT_ONCE:
+        cuda = _device_errors.checked(cuda)
+    op = Op(overload, cpu, cuda, options or {})
+    _LIBRARY.impl(name, op.run_on_cpu, "CPU")
     _LIBRARY.impl(name, _on_one_device(names, cuda) if cuda else _no_cuda(name), "CUDA")
     torch.library.register_fake(f"moeyard::{name}", _on_one_device(names, fake), lib=_LIBRARY)
     torch.library.register_vmap(f"moeyard::{name}", _no_vmap(name), lib=_LIBRARY)
-    op = Op(overload, cpu, options or {})
     if isinstance(gradient, str):
         gradient = _refusing(gradient)
     if gradient is not None:

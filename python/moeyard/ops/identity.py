@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moeyard import _native
-from moeyard.ops._register import Gradient, register
+from moeyard.ops._register import Gradient, device_and_stream, register
 
 _SCHEMA = "identity(Tensor x) -> Tensor"
 
@@ -51,8 +51,7 @@ def _cpu(x: Tensor) -> Tensor:
 def _cuda(x: Tensor) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
-    stream = torch.cuda.current_stream(x.device).cuda_stream
-    _native.cuda().identity(x.data_ptr(), out.data_ptr(), x.numel() * x.element_size(), x.device.index, stream)
+    _native.cuda().identity(x.data_ptr(), out.data_ptr(), x.numel() * x.element_size(), *device_and_stream(x))
     return out
 
 

@@ -1,0 +1,137 @@
+"""The emulation of CUDA: builds it on demand, and runs ops on it.
+
+    with emulated(seed=4):
+        moeyard.topk_gating(logits, 2)      # CPU tensors, the CUDA kernels, one fibre per CUDA thread
+
+See csrc/emulation/README.md. The flavour comes from MOEYARD_EMULATION: plain (the default), preempt, address, thread;
+the last two need their sanitizer loaded before Python, which `.ci/sanitize` does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import importlib.machinery
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
+
+import pytest
+import torch
+
+from moeyard import _native
+from moeyard.ops import _device_errors, _register
+
+ROOT = Path(__file__).resolve().parents[1]
+FLAVOURS = {
+    "plain": [],
+    "preempt": ["-DMOEYARD_EMULATION_PREEMPT=ON"],
+    "address": ["-DMOEYARD_SANITIZE=address,undefined"],
+    "thread": ["-DMOEYARD_SANITIZE=thread"],
+}
+FLAVOUR = os.environ.get("MOEYARD_EMULATION", "plain")
+
+
+def tool(name: str) -> str:
+    """A build tool, best the one of this environment."""
+    found = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    if found is None:
+        pytest.fail(f"no {name}: install the [test] extra")
+    return found
+
+
+def compiler() -> str:
+    found = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if found is None:
+        pytest.skip("no C++ compiler to build the emulation of CUDA with; set PATH or CXX")
+    return found
+
+
+@contextmanager
+def only_process(lock: Path) -> Iterator[None]:
+    """Waits until no other process (of pytest-xdist, say) is inside."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def build(flavour: str) -> Path:
+    """The module's file, built where sources are newer. An error shows the compiler's output."""
+    room = ROOT / "build" / f"emulation-{flavour}"
+    configure = [
+        tool("cmake"),
+        "-G",
+        "Ninja",
+        f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
+        "-S",
+        str(ROOT),
+        "-B",
+        str(room),
+    ]
+    configure += [f"-DCMAKE_CXX_COMPILER={compiler()}", f"-DPython_EXECUTABLE={sys.executable}", *FLAVOURS[flavour]]
+    configure += ["-DMOEYARD_EMULATION=ON"]
+    with only_process(room.with_suffix(".lock")):
+        stamp = room / "configured"
+        if not stamp.exists() or stamp.read_text() != repr(configure):
+            shutil.rmtree(room, ignore_errors=True)
+            run(configure)
+            stamp.write_text(repr(configure))
+        run([tool("cmake"), "--build", str(room)])
+    return room / f"_cuda{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode != 0:
+        pytest.fail(f"{' '.join(command)}\n{done.stdout}", pytrace=False)
+
+
+@cache
+def module(flavour: str = FLAVOUR) -> ModuleType:
+    path = build(flavour)
+    spec = importlib.util.spec_from_file_location("_cuda", path)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def set_options(seed: int = 0, poison: int = 0xFF, resident_blocks: int = 0, strict_exit: bool = True) -> None:
+    """The engine's options (csrc/emulation/engine.hpp), all of them."""
+    library = ctypes.CDLL(str(module().__file__))
+    library.moeyard_emulation_set_options(seed, poison, resident_blocks, int(strict_exit))
+
+
+@contextmanager
+def emulated(seed: int = 0, **options: int) -> Iterator[None]:
+    """CPU tensors go to the CUDA implementation of every op that has one, and its kernels run under the emulation.
+
+    What torch.empty gives holds NaN and the largest integers, so that an output that a kernel forgot is seen.
+    """
+    native = module()
+    set_options(seed, **options)
+    before = [op.cpu for op in _register.OPS]
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        for op in _register.OPS:
+            op.cpu = op.cuda or op.cpu
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        with mock.patch.object(_native, "cuda", return_value=native):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        for op, cpu in zip(_register.OPS, before, strict=True):
+            op.cpu = cpu
+        native.take_device_errors(-1)
+        _device_errors.used.discard(-1)
+        set_options()
