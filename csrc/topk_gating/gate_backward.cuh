@@ -80,8 +80,12 @@ struct TeamBackward {
       const bool bad = live && s < int(g.k) && (v < 0 || v >= int(g.experts));
       if (bad) atomicOr(call.errors, unsigned(kBadGatingId));
       id[r] = bad ? -1 : v;
-      logit[r] = id[r] >= 0 ? load_logit(g, call.logits, t, id[r]) : kLowest<float>;
     }
+  }
+  __device__ void load_chosen(int64_t t) {
+#pragma unroll
+    for (int r = 0; r < Team::run; ++r)
+      logit[r] = id[r] >= 0 ? load_logit(g, call.logits, t, id[r]) : kLowest<float>;
   }
 
   __device__ void chosen_scores(bool over_chosen) {
@@ -127,6 +131,7 @@ struct TeamBackward {
 
   // Leaves in `given` what comes by the weights, to the scores or to the logits.
   __device__ void chosen_backward(int64_t t, bool over_chosen) {
+    load_chosen(t);
     chosen_scores(over_chosen);
     weights_backward(t, over_chosen);
 #pragma unroll
@@ -144,7 +149,7 @@ struct TeamBackward {
     return to_scores ? grad + given[team.place(team.lane, m)] : grad;
   }
 
-  // Writes the gradient over the logits; p holds probabilities where `softmax` holds.
+  // Writes the gradient over the logits; `softmax`: p holds the probabilities (elementwise scores: row their sums).
   __device__ void scores_backward(bool softmax) {
     float dots[Team::run] = {};
     if (!elementwise && softmax)
@@ -160,7 +165,10 @@ struct TeamBackward {
         gx += grad != 0.0f ? grad * elementwise_slope(g.score, x[m]) : 0.0f;
       }
       if (!elementwise && softmax) gx += p[m] > 0.0f ? p[m] * (score_grad(m) - dot) : 0.0f;
-      if (of_softmax) gx += p[m] > 0.0f ? grads.through_softmax(row, x[m], p[m]) : 0.0f;
+      if (of_softmax) {
+        const float v = elementwise ? score_math::exp_nonpositive(x[m] - row.max) * (1.0f / row.sum) : p[m];
+        gx += v > 0.0f ? grads.through_softmax(row, x[m], v) : 0.0f;
+      }
       x[m] = gx;
     }
   }
@@ -183,16 +191,20 @@ struct TeamBackward {
 #pragma unroll
       for (int m = 1; m < Team::count; ++m) max = fmaxf(max, x[m]);
       max = team_max<Team::lanes>(max);
+      load_chosen(t);
       bool gone = false;
 #pragma unroll
       for (int r = 0; r < Team::run; ++r) gone |= vanishes(logit[r], max);
       over_chosen = team.mine(__ballot_sync(kAllLanes, gone)) == 0;
       if (__all_sync(kAllLanes, over_chosen)) return false;
     }
-    nan = read_softmax(g, call.logits, t, live, call.packed, team, see, x, p, row);
+    float e[Team::count];
+    nan = read_softmax(g, call.logits, t, live, call.packed, team, see, x, e, row);
+    // With elementwise scores few calls need any, and registers are short.
+    if (elementwise) return true;
     const float factor = 1.0f / row.sum;
 #pragma unroll
-    for (int m = 0; m < Team::count; ++m) p[m] *= factor;
+    for (int m = 0; m < Team::count; ++m) p[m] = e[m] * factor;
     return true;
   }
 
@@ -223,7 +235,7 @@ struct TeamBackward {
 // ---- kernel -----------------------------------------------------------------------------------------------------
 
 template <class Team, bool elementwise>
-__global__ void __launch_bounds__(kGateThreads, kGateBlocksPerSm)
+__global__ void __launch_bounds__(kGateThreads, gate_blocks_per_sm(Team::count))
     gate_backward_kernel(const __grid_constant__ GateBackwardCall call) {
   CU_DYN_SHARED(float, base);
   const int warps = int(blockDim.x) / kLanes, warp = int(threadIdx.x) / kLanes, lane = int(threadIdx.x) % kLanes;

@@ -196,7 +196,7 @@ struct TeamGate {
 // ---- kernel -----------------------------------------------------------------------------------------------------
 
 template <class Team, bool elementwise>
-__global__ void __launch_bounds__(kGateThreads, kGateBlocksPerSm) gate_kernel(const __grid_constant__ GateCall call) {
+__global__ void __launch_bounds__(kGateThreads, gate_blocks_per_sm(Team::count)) gate_kernel(const __grid_constant__ GateCall call) {
   CU_DYN_SHARED(float, base);
   const int warp = int(threadIdx.x) / kLanes, warps = int(blockDim.x) / kLanes;
   TeamGate<Team, elementwise> gate(call, base);

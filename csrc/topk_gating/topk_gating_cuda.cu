@@ -32,6 +32,16 @@ void with_team(int64_t experts, F f) {
   if (experts <= 512) return f(std::type_identity<Team<16, 16>>());
   f(std::type_identity<Team<32, 32>>());
 }
+/// The backward pass holds two numbers per expert.
+template <class F>
+void with_backward_team(int64_t experts, F f) {
+  if (experts <= 32) return f(std::type_identity<Team<8, 1>>());
+  if (experts <= 64) return f(std::type_identity<Team<8, 2>>());
+  if (experts <= 128) return f(std::type_identity<Team<8, 4>>());
+  if (experts <= 256) return f(std::type_identity<Team<8, 8>>());
+  if (experts <= 512) return f(std::type_identity<Team<32, 16>>());
+  f(std::type_identity<Team<32, 32>>());
+}
 
 struct Shape {
   int64_t blocks;
@@ -45,7 +55,7 @@ Shape team_shape(int64_t rows, int64_t rows_per_warp) {
   return {std::clamp<int64_t>(blocks, 1, kMaxBlocks), int(warps) * kLanes};
 }
 Shape block_shape(const GatingProblem& g) {
-  return {std::clamp<int64_t>(g.rows, 1, kMaxBlocks), g.experts <= kSmallRow ? kSmallBlockRowThreads : kBlockRowThreads};
+  return {std::clamp<int64_t>(g.rows, 1, kMaxBlockRows), g.experts <= kSmallRow ? kSmallBlockRowThreads : kBlockRowThreads};
 }
 Shape forward_shape(const GatingProblem& g) {
   if (!fits_team(g)) return block_shape(g);
@@ -90,7 +100,7 @@ void block_backward(const GateBackwardCall& call, Stream stream) {
 
 void team_backward(GateBackwardCall call, Stream stream) {
   const GatingProblem& g = call.problem;
-  with_team(g.experts, [&](auto team) {
+  with_backward_team(g.experts, [&](auto team) {
     using T = typename decltype(team)::type;
     call.packed = packed_rows<T>(g, call.logits, call.grad_logits);
     const Shape shape = team_shape(g.rows, T::per_warp);

@@ -13,6 +13,8 @@ from moeyard.ops._topk_gating_reference import topk_gating_reference
 from ops.contract import Inputs, OpContract, compiling
 from ops.levels import assert_same_on_all_levels
 
+pytestmark = pytest.mark.usefixtures("engine")
+
 INF, NAN = math.inf, math.nan
 SCORES = ("softmax", "softmax_topk", "sigmoid", "sqrtsoftplus")
 

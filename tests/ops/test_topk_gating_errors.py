@@ -13,6 +13,8 @@ from torch import Tensor
 import moeyard
 from moeyard.ops._topk_gating_reference import topk_gating_reference
 
+pytestmark = pytest.mark.usefixtures("engine")
+
 X = torch.zeros(3, 6)
 BACKWARD = torch.ops.moeyard.topk_gating_backward
 

@@ -16,6 +16,8 @@ from torch.autograd import grad as gradient
 import moeyard
 from moeyard.ops._topk_gating_reference import topk_gating_reference
 
+pytestmark = pytest.mark.usefixtures("engine")
+
 INF, NAN = float("inf"), float("nan")
 SCORES = ("softmax", "softmax_topk", "sigmoid", "sqrtsoftplus")
 FLOATS = ("weights", "score_sum", "weight_sum", "logsumexp_sq", "entropy_sum")
