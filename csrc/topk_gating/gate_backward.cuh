@@ -112,20 +112,15 @@ struct TeamBackward {
       if (id[r] >= 0 && grads.weight_sum) grad += grads.weight_sum[id[r]];
       gc[r] = grad * float(g.scale);
     }
-    if (over_chosen) {
-      const auto weighted = [&](int r) { return c[r] > 0.0f ? c[r] * gc[r] : 0.0f; };
-      const float dot = sum_slots<Team::lanes>(weighted);
+    if (!g.renormalize && g.score != Score::softmax_topk) return;
+    // Both ways in one, because the teams of a warp may differ in `over_chosen` and have to stay together.
+    const float sum = sum_slots<Team::lanes>([&](int r) { return c[r]; });
+    const auto share = [&](int r) { return over_chosen ? c[r] : sum > 0.0f ? c[r] / sum : 0.0f; };
+    const float dot = sum_slots<Team::lanes>([&](int r) { return share(r) > 0.0f ? gc[r] * share(r) : 0.0f; });
 #pragma unroll
-      for (int r = 0; r < Team::run; ++r) gc[r] = c[r] > 0.0f ? c[r] * (gc[r] - dot) : 0.0f;
-    } else if (g.renormalize) {
-      const float sum = sum_slots<Team::lanes>([&](int r) { return c[r]; });
-      const auto weighted = [&](int r) { return sum > 0.0f ? gc[r] * (c[r] / sum) : 0.0f; };
-      const float dot = sum_slots<Team::lanes>(weighted);
-#pragma unroll
-      for (int r = 0; r < Team::run; ++r) {
-        gc[r] = sum > 0.0f ? (gc[r] - dot) * (c[r] / sum) : 0.0f;
-        gc[r] = c[r] > 0.0f ? gc[r] * log_slope(g.score, logit[r], c[r]) : 0.0f;
-      }
+    for (int r = 0; r < Team::run; ++r) {
+      gc[r] = share(r) > 0.0f ? (gc[r] - dot) * share(r) : 0.0f;
+      if (!over_chosen && c[r] > 0.0f) gc[r] *= log_slope(g.score, logit[r], c[r]);
     }
   }
 

@@ -190,5 +190,6 @@ print(digest.hexdigest())
 """
 
 
+@pytest.mark.engines("cpu")
 def test_simd_levels_give_the_same_bytes() -> None:
     assert_same_on_all_levels(_LEVELS_SCRIPT)

@@ -299,9 +299,7 @@ def _prepare_backward(
 
 def _cpu_backward(*args: Any) -> Tensor:
     problem, inputs, grad_logits = _prepare_backward(*args)
-    _native.cpu.topk_gating_backward(
-        problem, *map(address, inputs), grad_logits.data_ptr(), torch.get_num_threads()
-    )
+    _native.cpu.topk_gating_backward(problem, *map(address, inputs), grad_logits.data_ptr(), torch.get_num_threads())
     return grad_logits
 
 
