@@ -218,7 +218,8 @@ def test_the_backward_op_passes_over_a_bad_id(E: int, bad: int | str, score: str
 def test_repeated_ids_in_the_backward_op_add_up(E: int) -> None:
     """The forward pass never returns such, but the op takes them, on every device."""
     ids = torch.tensor([[1, 1, 1, 0]] * 3, dtype=torch.int32)
-    grads = (torch.randn(3, 4, generator=torch.Generator().manual_seed(4)), *[None] * 4)
+    g = torch.Generator().manual_seed(4)
+    grads = (torch.randn(3, 4, generator=g), torch.randn(E, generator=g), None, None, None)
     for score in SCORES:
         args = (wide(E), ids, score, False, 1.0, None, *grads)
         want = torch.ops.moeyard.topk_gating_backward(*args)
