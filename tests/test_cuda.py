@@ -58,4 +58,4 @@ def test_no_hidden_synchronisation() -> None:
 
 def test_an_op_without_a_cuda_kernel_says_so() -> None:
     with pytest.raises(NotImplementedError, match="no CUDA kernel"):
-        moeyard.topk_gating(torch.randn(4, 8, device="cuda"), 2)
+        moeyard.radius_graph(torch.randn(4, 3, device="cuda"), 1.0)

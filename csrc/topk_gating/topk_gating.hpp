@@ -67,4 +67,18 @@ void topk_gating_backward(const GatingProblem& problem, const void* logits, cons
                           const GatingGradients& grads, void* grad_logits, int threads);
 }  // namespace cpu
 
+namespace cuda {
+/// Bytes of workspace that topk_gating needs on the device.
+int64_t topk_gating_workspace(const GatingProblem& problem);
+
+/// The same on `device`, enqueued on `stream`. Bad values raise a flag in `errors` (common/device_errors.hpp): a NaN in
+/// `bias` counts as -inf; a forced id outside [-1, E), and the second of two equal ones in a live row, as -1.
+void topk_gating(const GatingProblem& problem, const GatingInputs& in, const GatingOutputs& out, void* workspace,
+                 unsigned* errors, int device, void* stream);
+
+/// An id outside [0, E) in a live row raises a flag, and its slot is passed over.
+void topk_gating_backward(const GatingProblem& problem, const void* logits, const int32_t* experts, const uint8_t* mask,
+                          const GatingGradients& grads, void* grad_logits, unsigned* errors, int device, void* stream);
+}  // namespace cuda
+
 }  // namespace moeyard

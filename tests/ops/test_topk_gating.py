@@ -13,6 +13,8 @@ from moeyard.ops._topk_gating_reference import topk_gating_reference
 from ops.contract import Inputs, OpContract, compiling
 from ops.levels import assert_same_on_all_levels
 
+pytestmark = pytest.mark.usefixtures("engine")
+
 INF, NAN = math.inf, math.nan
 SCORES = ("softmax", "softmax_topk", "sigmoid", "sqrtsoftplus")
 
@@ -317,6 +319,7 @@ def test_float32_sums_over_many_rows() -> None:
     )
 
 
+@pytest.mark.engines("cpu")
 def test_autocast_keeps_the_dtype() -> None:
     x = torch.randn(4, 8)
     plain = moeyard.topk_gating(x, 2)
@@ -342,6 +345,7 @@ print(digest.hexdigest())
 """
 
 
+@pytest.mark.engines("cpu")
 def test_simd_levels_give_the_same_bytes() -> None:
     assert_same_on_all_levels(_SIMD_SCRIPT)
 
@@ -349,6 +353,7 @@ def test_simd_levels_give_the_same_bytes() -> None:
 # ---- export, sizes known only at run time ----------------------------------------------------------------------------
 
 
+@pytest.mark.engines("cpu")
 def test_export_with_a_dynamic_number_of_rows() -> None:
     class Router(torch.nn.Module):
         def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
@@ -362,6 +367,7 @@ def test_export_with_a_dynamic_number_of_rows() -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.engines("cpu")
 def test_compile_with_data_dependent_rows() -> None:
     def function(x: Tensor) -> Tensor:
         rows = x[x[:, 0] > 0]

@@ -13,6 +13,8 @@ import moeyard
 from moeyard.ops._topk_gating_reference import topk_gating_reference
 from ops.levels import assert_same_on_all_levels
 
+pytestmark = pytest.mark.usefixtures("engine")
+
 INF, NAN = float("inf"), float("nan")
 SCORES = ("softmax", "softmax_topk", "sigmoid", "sqrtsoftplus")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -188,5 +190,6 @@ print(digest.hexdigest())
 """
 
 
+@pytest.mark.engines("cpu")
 def test_simd_levels_give_the_same_bytes() -> None:
     assert_same_on_all_levels(_LEVELS_SCRIPT)

@@ -16,6 +16,8 @@ from torch.autograd import grad as gradient
 import moeyard
 from moeyard.ops._topk_gating_reference import topk_gating_reference
 
+pytestmark = pytest.mark.usefixtures("engine")
+
 INF, NAN = float("inf"), float("nan")
 SCORES = ("softmax", "softmax_topk", "sigmoid", "sqrtsoftplus")
 FLOATS = ("weights", "score_sum", "weight_sum", "logsumexp_sq", "entropy_sum")
@@ -177,9 +179,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_gradcheck(score: str, renormalize: bool, variant: str) -> None:
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * 2
     x[0, 4] = -20.0
+    options = {n: o.to(x.device) if isinstance(o, Tensor) else o for n, o in VARIANTS[variant].items()}
 
     def function(x: Tensor) -> tuple[Tensor, ...]:
-        out = moeyard.topk_gating(x, 2, score=score, renormalize=renormalize, **VARIANTS[variant])
+        out = moeyard.topk_gating(x, 2, score=score, renormalize=renormalize, **options)
         return tuple(o for o in out if o.requires_grad)
 
     assert torch.autograd.gradcheck(function, x.requires_grad_())

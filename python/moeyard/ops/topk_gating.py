@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moeyard import _native
 from moeyard.ops import _check
-from moeyard.ops._register import DTYPE_CODE, Gradient, address, compute_dtype, contiguous, register
+from moeyard.ops._register import DTYPE_CODE, Gradient, address, compute_dtype, contiguous, device_and_stream, register
 
 SCORES = ("softmax", "softmax_topk", "sigmoid", "sqrtsoftplus")
 FORCED_WEIGHTS = ("score", "one")
@@ -213,7 +213,7 @@ def _outputs(logits: Tensor, k: int) -> tuple[Tensor, ...]:
     return weights, experts, counts, score_sum, weight_sum, logsumexp_sq, entropy_sum
 
 
-def _cpu(
+def _prepare(
     logits: Tensor,
     k: int,
     score: str,
@@ -226,13 +226,12 @@ def _cpu(
     mask: Tensor | None,
     forced_experts: Tensor | None,
     forced_weights: str,
-) -> tuple[Tensor, ...]:
+) -> tuple[Any, tuple[Tensor | None, ...], tuple[Tensor, ...]]:
+    """The native problem, inputs and outputs: to be held until the call."""
     groups = (num_groups, topk_groups, group_score_experts)
     _validate(logits, k, score, selection_bias, groups, scale, mask, forced_experts, forced_weights)
     T, E = logits.shape
-    logits = logits.contiguous()
     bias = None if selection_bias is None else selection_bias.to(compute_dtype(logits.dtype)).contiguous()
-    mask = contiguous(mask)
     forced = None if forced_experts is None else forced_experts.to(torch.int64).contiguous()
     problem = _native.cpu.GatingProblem(
         DTYPE_CODE[logits.dtype],
@@ -248,27 +247,32 @@ def _cpu(
         0 if forced is None else 1 if forced.dim() == 1 else k,
         forced_weights == "one",
     )
-    out = _outputs(logits, k)
-    weights, experts, counts, score_sum, weight_sum, logsumexp_sq, entropy_sum = out
-    _native.cpu.topk_gating(
+    return problem, (logits.contiguous(), bias, contiguous(mask), forced), _outputs(logits, k)
+
+
+def _cpu(*args: Any) -> tuple[Tensor, ...]:
+    problem, inputs, out = _prepare(*args)
+    _native.cpu.topk_gating(problem, *map(address, inputs), *map(address, out), torch.get_num_threads())
+    return out
+
+
+def _cuda(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    problem, inputs, out = _prepare(logits, *args)
+    native, (device, stream) = _native.cuda(), device_and_stream(logits)
+    workspace = logits.new_empty(native.topk_gating_workspace(problem), dtype=torch.uint8)
+    native.topk_gating(
         problem,
-        logits.data_ptr(),
-        address(bias),
-        address(mask),
-        address(forced),
-        weights.data_ptr(),
-        experts.data_ptr(),
-        counts.data_ptr(),
-        score_sum.data_ptr(),
-        weight_sum.data_ptr(),
-        logsumexp_sq.data_ptr(),
-        entropy_sum.data_ptr(),
-        torch.get_num_threads(),
+        *map(address, inputs),
+        *map(address, out),
+        workspace.data_ptr(),
+        native.device_errors(device),
+        device,
+        stream,
     )
     return out
 
 
-def _cpu_backward(
+def _prepare_backward(
     logits: Tensor,
     experts: Tensor,
     score: str,
@@ -276,12 +280,9 @@ def _cpu_backward(
     scale: float,
     mask: Tensor | None,
     *grads: Tensor | None,
-) -> Tensor:
+) -> tuple[Any, tuple[Tensor | None, ...], Tensor]:
     _validate_backward(logits, experts, score, scale, mask, grads)
     T, E = logits.shape
-    logits, experts = logits.contiguous(), experts.contiguous()
-    mask = contiguous(mask)
-    grads = tuple(contiguous(g) for g in grads)
     problem = _native.cpu.GatingProblem(
         DTYPE_CODE[logits.dtype],
         T,
@@ -291,9 +292,23 @@ def _cpu_backward(
         renormalize,
         scale,
     )
-    grad_logits = torch.empty_like(logits)
-    addresses = [address(x) for x in (logits, experts, mask, *grads, grad_logits)]
-    _native.cpu.topk_gating_backward(problem, *[*addresses, torch.get_num_threads()])
+    logits = logits.contiguous()
+    inputs = (logits, experts.contiguous(), contiguous(mask), *map(contiguous, grads))
+    return problem, inputs, torch.empty_like(logits)
+
+
+def _cpu_backward(*args: Any) -> Tensor:
+    problem, inputs, grad_logits = _prepare_backward(*args)
+    _native.cpu.topk_gating_backward(problem, *map(address, inputs), grad_logits.data_ptr(), torch.get_num_threads())
+    return grad_logits
+
+
+def _cuda_backward(logits: Tensor, *args: Any) -> Tensor:
+    problem, inputs, grad_logits = _prepare_backward(logits, *args)
+    native, (device, stream) = _native.cuda(), device_and_stream(logits)
+    native.topk_gating_backward(
+        problem, *map(address, inputs), grad_logits.data_ptr(), native.device_errors(device), device, stream
+    )
     return grad_logits
 
 
@@ -365,10 +380,11 @@ class _Gradient(Gradient):
 
 
 _OPTIONS = {"score": SCORES, "forced_weights": FORCED_WEIGHTS}
-_op = register(_SCHEMA, cpu=_cpu, fake=_fake, gradient=_Gradient, options=_OPTIONS)
+_op = register(_SCHEMA, cpu=_cpu, cuda=_cuda, fake=_fake, gradient=_Gradient, options=_OPTIONS)
 _backward_op = register(
     _BACKWARD_SCHEMA,
     cpu=_cpu_backward,
+    cuda=_cuda_backward,
     fake=_fake_backward,
     gradient="topk_gating: second derivatives are not supported",
     options=_OPTIONS,

@@ -1,0 +1,22 @@
+// Launch parameters of topk_gating, in one place.
+#pragma once
+
+namespace moeyard::cuda {
+namespace {
+
+// A team of lanes per row. So many blocks per multiprocessor leave a thread 128 registers, or 168 where a lane holds 32
+// experts.
+constexpr int kGateThreads = 128;
+constexpr int gate_blocks_per_sm(int experts_per_lane) { return experts_per_lane < 32 ? 4 : 3; }
+constexpr int kTeamExperts = 1024;  // with more a row takes a block
+
+// A block per row.
+constexpr int kBlockRowThreads = 256, kSmallBlockRowThreads = 64;
+constexpr int kSmallRow = 256;  // up to so many experts the small block does
+
+// Blocks of a launch, functions of the sizes alone: sums over rows are the same on every device. Below kSpread blocks
+// of full size rows are spread over blocks of fewer warps.
+constexpr int kMaxBlocks = 528, kSpread = 128, kMaxBlockRows = 264;
+
+}  // namespace
+}  // namespace moeyard::cuda

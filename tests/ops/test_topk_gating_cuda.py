@@ -1,0 +1,310 @@
+"""topk_gating's CUDA kernels beside the CPU: the same integers and the same bits per row, whatever the schedule.
+
+They run under the emulation of CUDA; the last tests need a GPU.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import moeyard
+from emulation import emulated
+from engines import SCHEDULES
+from moeyard import _native
+from ops.contract import assert_equal
+
+INF, NAN = float("inf"), float("nan")
+SCORES = ("softmax", "softmax_topk", "sigmoid", "sqrtsoftplus")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATS = ("weights", "score_sum", "weight_sum", "logsumexp_sq", "entropy_sum")
+#: Around the sizes of teams (32 to 1024 experts in powers of two), of packets, and of rows that take a block.
+EXPERTS = (1, 2, 3, 4, 5, 8, 16, 31, 32, 33, 60, 64, 96, 100, 128, 160, 255, 256, 257, 384, 512, 1000, 1024, 1025)
+#: Rounding of a sum over rows, whose order differs; gradients differ only by what they are rounded to.
+TOLERANCE = {torch.float64: 1e-12}
+
+
+def logits(T: int, E: int, r: random.Random, g: torch.Generator) -> Tensor:
+    """With ties, and now and then with what is hostile."""
+    x = torch.randn(T, E, generator=g, dtype=torch.float64) * r.choice([0.1, 2.0, 50.0])
+    x = ((x * 2).round() / 2 if r.random() < 0.5 else x).to(r.choice(DTYPES))
+    limits = torch.finfo(x.dtype)
+    for value in (-INF, INF, NAN, limits.max, limits.min, limits.tiny / 4, -0.0):
+        if r.random() < 0.15:
+            x[torch.rand(T, E, generator=g) < r.choice([0.05, 0.5, 0.97])] = value
+    return x
+
+
+def options(x: Tensor, k: int, r: random.Random, g: torch.Generator) -> dict[str, Any]:
+    """Any of them, ids in order and bias without NaN."""
+    T, E = x.shape
+    made: dict[str, Any] = {"score": r.choice(SCORES), "renormalize": r.random() < 0.5, "scale": r.choice([1.0, 2.5])}
+    if r.random() < 0.5:
+        bias = torch.randn(E, generator=g)
+        made["selection_bias"] = bias = (bias * 2).round() / 4 if r.random() < 0.5 else bias
+        if r.random() < 0.3:
+            bias[torch.rand(E, generator=g) < 0.3] = r.choice([INF, -INF])
+    if r.random() < 0.5:
+        blocks = [E // 32] if E % 32 == 0 else []
+        groups = r.choice(blocks * 20 + [n for n in range(1, E + 1) if E % n == 0])
+        kept, best = r.randint(-(-k * groups // E), groups), min(E // groups, r.choice([1, 2, 2, 3]))
+        made |= {"num_groups": groups, "topk_groups": kept, "group_score_experts": best}
+    if r.random() < 0.4:
+        made["mask"] = torch.rand(T, generator=g) < 0.7
+    if r.random() < 0.4:
+        ids = torch.rand(T, E, generator=g).argsort(1)[:, :k]
+        ids = torch.where(torch.rand(T, k, generator=g) < 0.5, ids, -1)
+        made["forced_experts"] = (ids if r.random() < 0.6 else ids[:, 0]).to(r.choice([torch.int32, torch.int64]))
+        made["forced_weights"] = r.choice(["score", "one"])
+    return made
+
+
+def gradient(out: moeyard.Gating, x: Tensor, seed: int) -> Tensor | None:
+    """Of a random choice of the outputs, None where all of those are constants."""
+    g = torch.Generator().manual_seed(seed)
+    used = [o for o in (getattr(out, name) for name in FLOATS) if torch.rand((), generator=g) < 0.5]
+    used = [o for o in used if o.requires_grad]
+    upstream = [torch.randn(o.shape, generator=g, dtype=o.dtype).to(o.device) for o in used]
+    return torch.autograd.grad(used, x, upstream)[0] if used else None
+
+
+def compare(x: Tensor, k: int, made: dict[str, Any], seed: int) -> None:
+    """The CPU and the emulation, forward and backward, on one of the schedules."""
+    x = x.clone().requires_grad_()
+    want = moeyard.topk_gating(x, k, **made)
+    want_grad = gradient(want, x, seed)
+    with emulated(seed % (SCHEDULES + 2)):
+        got = moeyard.topk_gating(x, k, **made)
+        got_grad = gradient(got, x, seed)
+    # Nothing of a row depends on other rows, nor its order of sums on the device: not even rounding may differ.
+    assert_equal((got.experts, got.counts, got.weights), (want.experts, want.counts, want.weights))
+    tolerance = TOLERANCE.get(x.dtype, 1e-5)
+    for name in FLOATS[1:]:
+        a, b = getattr(got, name), getattr(want, name)
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+    if want_grad is not None:
+        assert got_grad is not None
+        torch.testing.assert_close(got_grad, want_grad, rtol=0, atol=0, equal_nan=True)
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> tuple[Tensor, int, dict[str, Any], int]:
+    seed, T, E = (
+        draw(st.integers(0, 2**30)),
+        draw(st.sampled_from([0, 1, 2, 3, 8, 17, 33])),
+        draw(st.sampled_from(EXPERTS)),
+    )
+    r, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    k = min(E, draw(st.sampled_from([1, 2, 3, 6, 8, 9, 16, 31, 32, 33, E])))
+    x = logits(T if E < 300 else min(T, 3), E, r, g)
+    return x, k, options(x, k, r, g), seed
+
+
+@settings(max_examples=1000)
+@given(calls())
+def test_any_call(call: tuple[Tensor, int, dict[str, Any], int]) -> None:
+    compare(*call)
+
+
+@pytest.mark.parametrize("k", [1, 2, 8, "E"])
+@pytest.mark.parametrize("E", [*EXPERTS, 8192])
+def test_every_schedule(E: int, k: int | str) -> None:
+    """Forward, backward and 20 shuffled orders of threads, warps and blocks: the same bits, sums included."""
+    k = min(E, E if k == "E" else int(k))
+    r, g = random.Random(E), torch.Generator().manual_seed(k)
+    for T in (0, 1, 3, 33) if E < 1000 else (3,):
+        x = logits(T, E, r, g).requires_grad_()
+        made = options(x.detach(), k, r, g)
+        results = []
+        for seed in range(SCHEDULES + 2) if E < 8192 else (0, 1, 2, 3):
+            with emulated(seed, poison=0x3C if seed % 4 < 2 else 0xFF):
+                out = moeyard.topk_gating(x, k, **made)
+                grad = gradient(out, x, 0)
+                results.append(tuple(out) if grad is None else (*out, grad))
+        for other in results[1:]:
+            assert_equal(other, results[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"num_groups": 8, "topk_groups": 4, "score": "sigmoid"}], ids=["", "groups"])
+def test_an_unaligned_view(options: dict[str, Any]) -> None:
+    """Rows that cannot be moved by 16 bytes."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(5 * 256 + 1, generator=torch.Generator().manual_seed(1)).to(dtype)[1:].view(5, 256)
+        compare(x, 8, options, 3)
+
+
+# ---- what kernels cannot throw ---------------------------------------------------------------------------------------
+
+X = torch.randn(3, 6, generator=torch.Generator().manual_seed(2))
+#: per kind of row: a team of lanes, a block
+WIDTHS = pytest.mark.parametrize("E", [6, 1100])
+
+
+@contextmanager
+def device_error(message: str) -> Iterator[None]:
+    with emulated():
+        yield
+        with pytest.raises(ValueError, match=message):
+            moeyard.check_device_errors()
+        moeyard.check_device_errors()
+
+
+def wide(E: int) -> Tensor:
+    return torch.nn.functional.pad(X, (0, E - 6), value=-9.0)
+
+
+@WIDTHS
+@pytest.mark.parametrize("bad", [-2, 2**31, 2**32 + 1, 2**63 - 1, -(2**63), "E"])
+def test_a_forced_id_out_of_range_counts_as_free(E: int, bad: int | str) -> None:
+    forced = torch.tensor([[0, 1], [-1, -1], [3, E if bad == "E" else bad]])
+    meant = torch.where(forced == forced[2, 1], -1, forced)
+    with device_error("forced_experts: expected ids in"):
+        out = moeyard.topk_gating(wide(E), 2, forced_experts=forced)
+        assert_equal(tuple(out), tuple(moeyard.topk_gating(wide(E), 2, forced_experts=meant)))
+    with emulated():
+        moeyard.topk_gating(wide(E), 2, forced_experts=forced, mask=torch.tensor([True, True, False]))
+        moeyard.check_device_errors()
+
+
+@WIDTHS
+def test_the_second_of_two_equal_forced_ids_counts_as_free(E: int) -> None:
+    forced, meant = (
+        torch.tensor([[0, 1, 0], [4, 4, 4], [-1, 5, 5]]),
+        torch.tensor([[0, 1, -1], [4, -1, -1], [-1, 5, -1]]),
+    )
+    with device_error("forced_experts: expected distinct ids"):
+        out = moeyard.topk_gating(wide(E), 3, forced_experts=forced)
+        assert_equal(tuple(out), tuple(moeyard.topk_gating(wide(E), 3, forced_experts=meant)))
+
+
+@WIDTHS
+def test_a_nan_bias_counts_as_minus_infinity(E: int) -> None:
+    bias, meant = torch.zeros(E), torch.zeros(E)
+    bias[4], meant[4] = NAN, -INF
+    with device_error("selection_bias: expected no NaN"):
+        out = moeyard.topk_gating(wide(E), 2, selection_bias=bias)
+        assert_equal(tuple(out), tuple(moeyard.topk_gating(wide(E), 2, selection_bias=meant)))
+    with device_error("selection_bias: expected no NaN"):
+        moeyard.topk_gating(wide(E)[:0], 2, selection_bias=bias)
+
+
+@WIDTHS
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("bad", [-1, "E", 2**31 - 1])
+def test_the_backward_op_passes_over_a_bad_id(E: int, bad: int | str, score: str) -> None:
+    """As if the row had been gated with one slot less."""
+    ids = torch.tensor([[0, 1], [2, E if bad == "E" else bad], [4, 5]], dtype=torch.int32)
+    upstream = torch.randn(3, 2, generator=torch.Generator().manual_seed(3))
+
+    def backward(ids: Tensor, upstream: Tensor, rows: slice) -> Tensor:
+        op = torch.ops.moeyard.topk_gating_backward
+        return op(wide(E)[rows], ids, score, True, 2.0, None, upstream, *[None] * 4)
+
+    with device_error("experts: expected the ids that topk_gating returned"):
+        got = backward(ids, upstream, slice(0, 3))
+    assert_equal((got[::2],), (backward(ids[::2], upstream[::2], slice(0, 3, 2)),))
+    assert_equal((got[1:2] + 0,), (backward(ids[1:2, :1], upstream[1:2, :1], slice(1, 2)) + 0,))
+
+
+@WIDTHS
+def test_repeated_ids_in_the_backward_op_add_up(E: int) -> None:
+    """The forward pass never returns such, but the op takes them, on every device."""
+    ids = torch.tensor([[1, 1, 1, 0]] * 3, dtype=torch.int32)
+    g = torch.Generator().manual_seed(4)
+    grads = (torch.randn(3, 4, generator=g), torch.randn(E, generator=g), None, None, None)
+    for score in SCORES:
+        args = (wide(E), ids, score, False, 1.0, None, *grads)
+        want = torch.ops.moeyard.topk_gating_backward(*args)
+        with emulated():
+            assert_equal((torch.ops.moeyard.topk_gating_backward(*args),), (want,))
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+gpu = pytest.mark.skipif(
+    not (torch.cuda.is_available() and _native.cuda_built), reason="needs a GPU and a build with CUDA"
+)
+
+
+def step(x: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    out = moeyard.topk_gating(x, 8, **options)
+    return *out, torch.autograd.grad(sum((getattr(out, name) ** 2).sum() for name in FLOATS), x)[0]
+
+
+@gpu
+@settings(max_examples=300)
+@given(calls())
+def test_any_call_on_a_gpu(call: tuple[Tensor, int, dict[str, Any], int]) -> None:
+    x, k, made, seed = call
+    want = moeyard.topk_gating(x.requires_grad_(), k, **made)
+    there = x.detach().cuda().requires_grad_()
+    got = moeyard.topk_gating(there, k, **{n: o.cuda() if isinstance(o, Tensor) else o for n, o in made.items()})
+    assert torch.equal(got.experts.cpu(), want.experts)
+    assert torch.equal(got.counts.cpu(), want.counts)
+    tolerance = TOLERANCE.get(x.dtype, 1e-5)
+    for name in FLOATS:
+        a, b = getattr(got, name).detach().cpu(), getattr(want, name).detach()
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+    a, b = gradient(got, there, seed), gradient(want, x, seed)
+    if a is not None and b is not None:
+        torch.testing.assert_close(a.cpu(), b, rtol=0, atol=0, equal_nan=True)
+
+
+@gpu
+def test_no_hidden_synchronisation() -> None:
+    x = torch.randn(300, 256, device="cuda", requires_grad=True)
+    bias = torch.zeros(256, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(x, selection_bias=bias, score="sigmoid", num_groups=8, topk_groups=4)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu
+def test_the_current_stream_is_used() -> None:
+    source = torch.randn(4096, 256, generator=torch.Generator().manual_seed(5))
+    want = step(source.cuda().requires_grad_())
+    stream, x = torch.cuda.Stream(), torch.zeros(4096, 256, device="cuda", requires_grad=True)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        x.data.copy_(source.cuda())
+        got = step(x)
+    stream.synchronize()
+    assert_equal(got, want)
+
+
+@gpu
+@pytest.mark.parametrize("E", [64, 256, 2048])
+def test_graph_capture(E: int) -> None:
+    """A graph that is replayed with other logits gives what they give."""
+    x = torch.randn(100, E, device="cuda", requires_grad=True)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(x)
+    for seed in range(3):
+        x.data.copy_(torch.randn(100, E, generator=torch.Generator().manual_seed(seed)))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_equal(captured, step(x))
+
+
+@gpu
+def test_runs_give_the_same_bits() -> None:
+    x = torch.randn(5000, 128, device="cuda", requires_grad=True)
+    first = step(x)
+    for _ in range(20):
+        assert_equal(step(x), first)
