@@ -4,7 +4,8 @@
         moeyard.topk_gating(logits, 2)      # CPU tensors, the CUDA kernels, one fibre per CUDA thread
 
 See csrc/emulation/README.md. The flavour comes from MOEYARD_EMULATION: plain (the default), preempt, address, thread;
-the last two need their sanitizer loaded before Python, which `.ci/sanitize` does.
+the last two need their sanitizer loaded before Python: `under_sanitizer`, `.ci/sanitize`. MOEYARD_EMULATION_ROOT names
+another tree to build the kernels of.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -38,6 +39,7 @@ FLAVOURS = {
     "thread": ["-DMOEYARD_SANITIZE=thread"],
 }
 FLAVOUR = os.environ.get("MOEYARD_EMULATION", "plain")
+SANITIZERS = {"address": "libasan.so", "thread": "libtsan.so"}
 
 
 def tool(name: str) -> str:
@@ -65,17 +67,17 @@ def only_process(lock: Path) -> Iterator[None]:
         yield
 
 
-def build(flavour: str, target: str = "_cuda") -> Path:
+def build(flavour: str, target: str = "_cuda", root: Path = ROOT) -> Path:
     """The folder with the built `target`: the module _cuda, or the program emulation_kernels. It is built again where
     sources are newer, and an error shows the compiler's output."""
-    room = ROOT / "build" / f"emulation-{flavour}"
+    room = root / "build" / f"emulation-{flavour}"
     configure = [
         tool("cmake"),
         "-G",
         "Ninja",
         f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
         "-S",
-        str(ROOT),
+        str(root),
         "-B",
         str(room),
     ]
@@ -99,9 +101,33 @@ def run(command: list[str]) -> None:
         pytest.fail(f"{' '.join(command)}\n{done.stdout}", pytrace=False)
 
 
+def fixed_addresses() -> list[str]:
+    """The beginning of a command: randomisation of addresses with many bits leaves no room for a sanitizer's tables."""
+    command = [shutil.which("setarch") or "setarch", "-R"]
+    with suppress(OSError):
+        return command if subprocess.run([*command, "true"], capture_output=True).returncode == 0 else []
+    return []
+
+
+def under_sanitizer(flavour: str) -> tuple[list[str], dict[str, str]]:
+    """The beginning of a command and the environment in which Python can load the module of a flavour. libstdc++ too
+    comes first: a sanitizer looks for __cxa_throw there when it starts."""
+    if flavour not in SANITIZERS:
+        return [], {}
+
+    def path(library: str) -> str:
+        command = [compiler(), f"-print-file-name={library}"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    libraries = f"{path(SANITIZERS[flavour])}:{path('libstdc++.so.6')}"
+    thread = f"halt_on_error=1:report_mutex_bugs=0:suppressions={ROOT}/tests/native/thread_sanitizer.supp"
+    return fixed_addresses(), {"LD_PRELOAD": libraries, "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": thread}
+
+
 @cache
 def module(flavour: str = FLAVOUR) -> ModuleType:
-    path = build(flavour) / f"_cuda{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+    root = Path(os.environ.get("MOEYARD_EMULATION_ROOT", ROOT))
+    path = build(flavour, root=root) / f"_cuda{importlib.machinery.EXTENSION_SUFFIXES[0]}"
     spec = importlib.util.spec_from_file_location("_cuda", path)
     assert spec is not None
     assert spec.loader is not None

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from emulation import build, compiler
+from emulation import build, compiler, fixed_addresses
 
 pytestmark = pytest.mark.timeout(300)
 SEEDS = range(22)
@@ -31,10 +30,7 @@ def program(flavour: str) -> list[str]:
         done = subprocess.run(probe, input="int main() {}", capture_output=True, text=True)
         if done.returncode != 0:
             pytest.skip(f"the compiler has no {SANITIZERS[flavour]}: {done.stderr}")
-        # Address-space randomisation with many bits leaves no room for a sanitizer's tables.
-        fixed = [shutil.which("setarch") or "setarch", "-R"]
-        if subprocess.run([*fixed, "true"], capture_output=True).returncode == 0:
-            command = fixed
+        command = fixed_addresses()
     return [*command, str(build(flavour, "emulation_kernels") / "emulation_kernels")]
 
 

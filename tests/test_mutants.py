@@ -1,0 +1,137 @@
+"""Deliberate mistakes in the shipped CUDA kernels: each must fail the tests that run under the emulation.
+
+A mutant is a patch of one file in a copy of the sources. Its text has to be there exactly once, so that a change of the
+kernel that takes the place of a mistake away is noticed here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from emulation import ROOT, build, under_sanitizer
+
+pytestmark = pytest.mark.slow
+
+PLANS = "test_permute_tokens_emulated.py -k plans"
+ROWS = "test_permute_tokens_emulated.py -k rows"
+GATES = "test_topk_gating_cuda.py -k 'any_call and not gpu'"
+PLAN, HEAVIEST, PERMUTE = (
+    f"permute_tokens/{name}" for name in ("plan_cuda.cu", "keep_heaviest.cuh", "permute_tokens_cuda.cu")
+)
+GATE, BACKWARD, SELECT, ROW = (f"topk_gating/gate_{name}.cuh" for name in ("forward", "backward", "select", "row"))
+
+
+class Mutant(NamedTuple):
+    file: str  # below csrc
+    right: str
+    wrong: str
+    tests: str  # below tests/ops
+    symptom: str  # in what pytest prints
+    flavour: str = "plain"
+
+
+DIFFERENT = "AssertionError"
+MUTANTS = {
+    "removed barrier": Mutant(
+        PLAN, "p.bins, rank);\n    __syncthreads();", "p.bins, rank);", PLANS, DIFFERENT
+    ),
+    "removed barrier around a reused array": Mutant(
+        HEAVIEST, "  __syncthreads();\n  return before;", "  return before;", PLANS, DIFFERENT
+    ),
+    "removed __syncwarp": Mutant(
+        ROW, "table[at] += value;\n    __syncwarp();", "table[at] += value;", GATES, "data race", "thread"
+    ),
+    "off by one, read": Mutant(
+        PERMUTE, "row < m.plan.rows ? m.plan", "row <= m.plan.rows ? m.plan", ROWS, "heap-buffer-overflow", "address"
+    ),
+    "off by one, shared memory": Mutant(
+        PLAN, "b < kWarps * p.bins;", "b <= kWarps * p.bins;", PLANS, "heap-buffer-overflow", "address"
+    ),
+    "off by one, rank": Mutant(
+        PLAN, "count[bin[j]] + lower : 0", "count[bin[j]] + lower + 1 : 0", PLANS, DIFFERENT
+    ),
+    "wrong lane mask": Mutant(
+        PERMUTE, "kFull = 0xffffffffu", "kFull = 0x7fffffffu", ROWS, "the calling lane is not in that of"
+    ),
+    "missing tail zero": Mutant(
+        PERMUTE, "c < m.words; c += kWarp) store", "c < m.words / kWarp * kWarp; c += kWarp) store", ROWS, DIFFERENT
+    ),
+    "no zeros between rows": Mutant(
+        BACKWARD, "if (id[r] >= 0) given[place(r)] = 0;", "(void)r;", GATES, DIFFERENT
+    ),
+    "non-atomic add": Mutant(PLAN, "atomicAdd(&bins[bin[j]], 1u)", "++bins[bin[j]]", PLANS, DIFFERENT, "preempt"),
+    "non-atomic add, as a race": Mutant(
+        GATE, "atomicAdd(shared.counts + slots.id[r], 1)", "++shared.counts[slots.id[r]]", GATES, "data race", "thread"
+    ),
+    "misaligned vector access": Mutant(
+        PERMUTE, "bits |= reinterpret_cast<uintptr_t>(address);", "(void)address;", ROWS, "misaligned"
+    ),
+    "unwritten output": Mutant(
+        PERMUTE, "if (j < slots && (j & (team - 1))", "if (j + 1 < slots && (j & (team - 1))", ROWS, DIFFERENT
+    ),
+    "swapped tie rule": Mutant(
+        SELECT,
+        "(v.x == best ? 0 : v.y == best ? 1 : v.z == best ? 2 : 3)",
+        "(v.w == best ? 3 : v.z == best ? 2 : v.y == best ? 1 : 0)",
+        GATES,
+        DIFFERENT,
+    ),
+}  # fmt: skip
+
+
+def copy_of_the_sources(flavour: str) -> Path:
+    """With its own build folder, which is kept, so that another mutant compiles one file."""
+    copy = ROOT / "build" / f"mutants-{flavour}"
+    copy.mkdir(parents=True, exist_ok=True)
+    for name in ("CMakeLists.txt", "pyproject.toml"):
+        mirror(ROOT / name, copy / name)
+    for folder in ("csrc", "tests/native"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.is_file():
+                mirror(path, copy / path.relative_to(ROOT))
+    return copy
+
+
+def mirror(source: Path, copy: Path) -> None:
+    """Leaves a copy that is equal alone, with its time stamp."""
+    if not copy.exists() or copy.read_bytes() != source.read_bytes():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, copy)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.timeout(1200)
+def test_a_mutant_fails(name: str) -> None:
+    mutant = MUTANTS[name]
+    copy = copy_of_the_sources(mutant.flavour)
+    file = copy / "csrc" / mutant.file
+    text = file.read_text()
+    assert text.count(mutant.right) == 1
+    file.write_text(text.replace(mutant.right, mutant.wrong))
+    build(mutant.flavour, root=copy)
+    done = run_tests(mutant, copy)
+    mirror(ROOT / "csrc" / mutant.file, file)
+    output = done.stdout + done.stderr
+    assert done.returncode != 0, output
+    assert re.search(mutant.symptom, output), output
+
+
+def run_tests(mutant: Mutant, copy: Path) -> subprocess.CompletedProcess[str]:
+    file, _, selected = mutant.tests.partition(" -k ")
+    prefix, environment = under_sanitizer(mutant.flavour)
+    command = [*prefix, sys.executable, "-m", "pytest", str(ROOT / "tests" / "ops" / file), "-k", selected.strip("'")]
+    return subprocess.run(
+        [*command, "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly", "-o", "addopts="],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | environment | {"MOEYARD_EMULATION_ROOT": str(copy), "MOEYARD_EMULATION": mutant.flavour},
+    )
