@@ -7,13 +7,14 @@ SOURCES := pyproject.toml CMakeLists.txt constraints.txt README.md \
 	$(shell find csrc python/moeyard -type f -not -name '*.so' -not -name '*.pyc' 2>/dev/null)
 NATIVE_SOURCES = $$(git ls-files 'csrc/*.cpp' 'csrc/*.hpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*.cpp')
 
-.PHONY: demo test test-full test-simd sanitize lint format bench bench-quick wheel smoke native clean help
+.PHONY: demo test test-full test-simd test-cuda sanitize lint format bench bench-quick wheel smoke native clean help
 
 help:
 	@echo "make demo       train a small MoE structure encoder on embedded molecules (about 2 minutes)"
 	@echo "make test       the test suite (up to 15 minutes)"
 	@echo "make test-full  also the slow kinds"
 	@echo "make test-simd  the op tests on the SIMD levels below this machine's best (make test runs the best)"
+	@echo "make test-cuda  the CUDA kernels on this CPU: 12,000 cases beside the CPU's, sanitizers, mutants"
 	@echo "make sanitize   op tests and 100,000 hostile calls under AddressSanitizer and UBSan; ThreadSanitizer (Linux, gcc)"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make bench      every op and the MoE layer beside peers, into benchmarks/results and the README (20 minutes)"
@@ -26,7 +27,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/moeyard demo
 
 # torch's OpenMP threads sleep instead of spinning: half as fast alone, ten times faster on a busy machine.
-test test-full test-simd: export OMP_WAIT_POLICY ?= PASSIVE
+test test-full test-simd test-cuda: export OMP_WAIT_POLICY ?= PASSIVE
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest tests -m "not slow"
@@ -36,6 +37,11 @@ test-full: $(VENV)/test.stamp
 
 test-simd: $(VENV)/test.stamp
 	bash .ci/on-each-simd-level $(BIN)/python --below-best $(BIN)/python -m pytest tests/ops -m "not slow" -n 2
+
+test-cuda: $(VENV)/test.stamp
+	MOEYARD_EXAMPLES=10 $(BIN)/python -m pytest tests/ops/test_*_engines.py -k "agree or any_call" -n 2 --timeout 1200
+	bash .ci/sanitize $(abspath $(BIN)/python) emulation
+	$(BIN)/python -m pytest tests/test_mutants.py
 
 sanitize: $(VENV)/test.stamp
 	bash .ci/sanitize $(abspath $(BIN)/python)

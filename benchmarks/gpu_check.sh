@@ -31,7 +31,7 @@ if ! command -v compute-sanitizer > /dev/null; then
 else
   for tool in memcheck racecheck initcheck synccheck; do
     echo "== compute-sanitizer $tool" | tee -a "$OUT/sanitizer.log"
-    MOEYARD_FEW_EXAMPLES=1 timeout 30 compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
+    MOEYARD_EXAMPLES=0.02 timeout 30 compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
       "${on_cuda[@]}" -x > "$OUT/one_tool.log" 2>&1
     status=$?
     tail -n 200 "$OUT/one_tool.log" >> "$OUT/sanitizer.log"

@@ -27,6 +27,12 @@ from moeyard import _native
 ENGINES = ("cpu", "emulated", "cuda")
 #: Shuffled schedules that the contract tries, beside forward and backward.
 SCHEDULES = int(os.environ.get("MOEYARD_EMULATION_SEEDS", "20"))
+_SHARE = float(os.environ.get("MOEYARD_EXAMPLES", "1"))
+
+
+def examples(n: int) -> int:
+    """How many random cases a test tries; MOEYARD_EXAMPLES multiplies it, for slow checkers and for long runs."""
+    return max(1, round(n * _SHARE))
 
 
 class _On(TorchFunctionMode):
@@ -59,12 +65,13 @@ class Engine:
         return self.name == "emulated"
 
     @contextmanager
-    def run(self, name: str) -> Iterator[None]:
+    def run(self, name: str, seed: int = 0) -> Iterator[None]:
+        """All inside runs there; `seed` is the emulation's schedule."""
         if name == "cuda" and not (torch.cuda.is_available() and _native.cuda_built):
             pytest.skip("needs a GPU and a build with CUDA")
         self.name = name
         try:
-            with emulated() if name == "emulated" else nullcontext(), self._mode(name):
+            with emulated(seed) if name == "emulated" else nullcontext(), self._mode(name):
                 yield
         finally:
             self.name = "cpu"

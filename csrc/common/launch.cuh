@@ -2,6 +2,7 @@
 // for launch attributes and error checks; emulation/cuda_on_cpu.hpp has the same names with the same meaning.
 #pragma once
 #include <cuda_runtime.h>
+#include <nvtx3/nvToolsExt.h>
 
 #include <cstdint>
 #include <stdexcept>
@@ -40,6 +41,22 @@ class DeviceGuard {
  private:
   int before_ = 0;
   bool changed_ = false;
+};
+
+/// The first line of every launcher: profilers show its launches as a range (NVTX) of this name, and `device` is current.
+class LaunchScope {
+ public:
+  LaunchScope(const char* name, int device) : range_(name), guard_(device) {}
+
+ private:
+  struct Range {
+    explicit Range(const char* name) { nvtxRangePushA(name); }
+    ~Range() { nvtxRangePop(); }
+    Range(const Range&) = delete;
+    Range& operator=(const Range&) = delete;
+  };
+  Range range_;
+  DeviceGuard guard_;
 };
 
 template <class... Params, class... Args>

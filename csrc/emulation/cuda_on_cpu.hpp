@@ -40,9 +40,9 @@ namespace moeyard::cuda {
 
 using Stream = void*;
 
-class DeviceGuard {
+class LaunchScope {
  public:
-  explicit DeviceGuard(int) {}
+  LaunchScope(const char*, int) {}
 };
 
 /// The arguments are copied once per launch, as on the device.

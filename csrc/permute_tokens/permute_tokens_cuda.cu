@@ -441,7 +441,7 @@ void with_sum_type(DType dtype, F&& f) {
 
 void permute_rows(const void* x, const Plan& plan, int64_t row_bytes, void* out, unsigned* errors, int device,
                   void* stream) {
-  const DeviceGuard guard(device);
+  const LaunchScope scope("moeyard::permute_rows", device);
   if (row_bytes == 0) return;
   const auto s = static_cast<Stream>(stream);
   switch (word_bytes(row_bytes, {x, out})) {
@@ -455,7 +455,7 @@ void permute_rows(const void* x, const Plan& plan, int64_t row_bytes, void* out,
 
 void permute_weighted(const void* x, const void* weights, const void* y, const Plan& plan, int64_t features,
                       DType dtype, void* out, void* dots, unsigned* errors, int device, void* stream) {
-  const DeviceGuard guard(device);
+  const LaunchScope scope("moeyard::permute_weighted", device);
   with_float_type(dtype, [&](auto zero) {
     with_words<decltype(zero)>({x, y, weights, out, dots}, features,
                                [&](const auto& a) { spread(a, plan, features, errors, static_cast<Stream>(stream)); });
@@ -464,7 +464,7 @@ void permute_weighted(const void* x, const void* weights, const void* y, const P
 
 void unpermute_rows(const void* y, const void* weights, const void* x, const Plan& plan, int64_t features, DType dtype,
                     void* out, void* dots, unsigned* errors, int device, void* stream) {
-  const DeviceGuard guard(device);
+  const LaunchScope scope("moeyard::unpermute_rows", device);
   with_sum_type(dtype, [&](auto zero) {
     with_words<decltype(zero)>({x, y, weights, out, dots}, features,
                                [&](const auto& a) { combine(a, plan, features, errors, static_cast<Stream>(stream)); });

@@ -427,7 +427,7 @@ int64_t plan_permutation_workspace(const PlanRequest& q) { return make_work(q, n
 
 void plan_permutation(const PlanRequest& q, const PlanArrays& out, void* workspace, unsigned* errors, int device,
                       void* stream) {
-  const DeviceGuard guard(device);
+  const LaunchScope scope("moeyard::plan_permutation", device);
   const Work w = make_work(q, workspace);
   // Nothing is returned early: a plan of no slots still has counts and offsets to write.
   if (q.experts.wide)

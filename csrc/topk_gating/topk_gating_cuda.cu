@@ -120,7 +120,7 @@ int64_t topk_gating_workspace(const GatingProblem& g) {
 
 void topk_gating(const GatingProblem& g, const GatingInputs& in, const GatingOutputs& out, void* workspace,
                  unsigned* errors, int device, void* stream) {
-  const DeviceGuard guard(device);
+  const LaunchScope scope("moeyard::topk_gating", device);
   const auto s = static_cast<Stream>(stream);
   const GateCall call{g, in, out, workspace, errors, g.scale / double(g.k), false};
   const Shape shape = forward_shape(g);
@@ -136,7 +136,7 @@ void topk_gating_backward(const GatingProblem& g, const void* logits, const int3
                           const GatingGradients& grads, void* grad_logits, unsigned* errors, int device,
                           void* stream) {
   if (g.rows == 0) return;
-  const DeviceGuard guard(device);
+  const LaunchScope scope("moeyard::topk_gating_backward", device);
   const auto s = static_cast<Stream>(stream);
   const GateBackwardCall call{g, logits, experts, mask, grads, grad_logits, errors, false};
   if (fits_team(g))

@@ -21,11 +21,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from emulation import set_options
 from engines import SCHEDULES, engine
+from ops.compare import assert_equal
+from ops.cuda_contract import CudaContract
 
 Inputs = dict[str, Any]
 
 
-class OpContract:
+class OpContract(CudaContract):
     """Rows that hold for all ops. Override what is marked; skip nothing."""
 
     #: the public function; wrap in staticmethod
@@ -393,19 +395,6 @@ def scattered_fields(x: Any) -> Any:
     if isinstance(x, Tensor):
         return scattered(x)
     return type(x)(*map(scattered_fields, x)) if isinstance(x, tuple) else copy.copy(x)
-
-
-def assert_equal(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
-    assert len(got) == len(want)
-    for g, w in zip(got, want, strict=True):
-        assert g.dtype == w.dtype
-        assert g.shape == w.shape
-        assert torch.equal(bits(g), bits(w))
-
-
-def bits(x: Tensor) -> Tensor:
-    """The bytes of a tensor: comparing them tells -0 from 0 and NaN from everything else."""
-    return x.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def pytest_generate_dtypes(metafunc: pytest.Metafunc) -> None:

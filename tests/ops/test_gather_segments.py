@@ -15,7 +15,8 @@ from torch import Tensor
 
 import moeyard
 from moeyard.ops.gather_segments import gather_segments_reference
-from ops.contract import Inputs, OpContract, assert_equal
+from ops.compare import assert_equal
+from ops.contract import Inputs, OpContract
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)

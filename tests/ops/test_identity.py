@@ -28,6 +28,12 @@ class TestIdentity(OpContract):
         return [{"x": torch.empty(0)}, {"x": torch.empty(4, 0)}]
 
 
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 1000])
+def test_unaligned_views(count: int) -> None:
+    x = torch.arange(count + 1).to(torch.uint8)[1:]
+    assert torch.equal(moeyard.identity(x), x)
+
+
 def test_a_copy_not_a_view() -> None:
     x = torch.arange(6.0).reshape(2, 3)
     y = moeyard.identity(x.t())

@@ -14,7 +14,8 @@ from torch import Tensor
 
 import moeyard
 from moeyard.ops.pack_batches import pack_batches_reference
-from ops.contract import Inputs, OpContract, assert_equal
+from ops.compare import assert_equal
+from ops.contract import Inputs, OpContract
 
 
 class TestNextFit(OpContract):

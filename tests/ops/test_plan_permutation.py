@@ -14,7 +14,8 @@ import moeyard
 from engines import place
 from moeyard.ops._permute_tokens_reference import plan_permutation_reference
 from moeyard.ops.plan_permutation import plan_rows
-from ops.contract import Inputs, OpContract, assert_equal, scattered
+from ops.compare import assert_equal
+from ops.contract import Inputs, OpContract, scattered
 
 pytestmark = pytest.mark.usefixtures("engine")
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import grad as gradient
 
 import moeyard
+from engines import examples
 from moeyard.ops._topk_gating_reference import topk_gating_reference
 
 pytestmark = pytest.mark.usefixtures("engine")
@@ -260,7 +261,7 @@ def routers(draw: st.DrawFn) -> tuple[Tensor, int, dict[str, Any]]:
     return x, draw(st.integers(1, E)), options
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(routers(), st.randoms(use_true_random=False))
 def test_permuting_rows_permutes_rows(router: tuple[Tensor, int, dict[str, Any]], r: random.Random) -> None:
     x, k, options = router
@@ -273,7 +274,7 @@ def test_permuting_rows_permutes_rows(router: tuple[Tensor, int, dict[str, Any]]
         torch.testing.assert_close(getattr(moved, name), getattr(out, name))
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(routers(), st.data())
 def test_splitting_the_batch(router: tuple[Tensor, int, dict[str, Any]], data: st.DataObject) -> None:
     x, k, options = router
@@ -287,7 +288,7 @@ def test_splitting_the_batch(router: tuple[Tensor, int, dict[str, Any]], data: s
         torch.testing.assert_close(getattr(a, name) + getattr(b, name), getattr(out, name))
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(routers(), st.randoms(use_true_random=False))
 def test_relabelling_experts(router: tuple[Tensor, int, dict[str, Any]], r: random.Random) -> None:
     """Without ties (and with all groups kept) the ids move with their columns."""
@@ -301,7 +302,7 @@ def test_relabelling_experts(router: tuple[Tensor, int, dict[str, Any]], r: rand
     torch.testing.assert_close(moved.score_sum, out.score_sum[order])
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(routers())
 def test_what_always_holds(router: tuple[Tensor, int, dict[str, Any]]) -> None:
     x, k, options = router

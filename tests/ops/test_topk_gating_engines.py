@@ -1,7 +1,4 @@
-"""topk_gating's CUDA kernels beside the CPU: the same integers and the same bits per row, whatever the schedule.
-
-They run under the emulation of CUDA; the last tests need a GPU.
-"""
+"""topk_gating's CUDA kernels beside the CPU's: the same integers and the same bits per row, whatever the schedule."""
 
 from __future__ import annotations
 
@@ -18,9 +15,8 @@ from torch import Tensor
 
 import moeyard
 from emulation import emulated
-from engines import SCHEDULES
-from moeyard import _native
-from ops.contract import assert_equal
+from engines import SCHEDULES, engine, examples, place
+from ops.compare import assert_equal
 
 INF, NAN = float("inf"), float("nan")
 SCORES = ("softmax", "softmax_topk", "sigmoid", "sqrtsoftplus")
@@ -76,14 +72,17 @@ def gradient(out: moeyard.Gating, x: Tensor, seed: int) -> Tensor | None:
     return torch.autograd.grad(used, x, upstream)[0] if used else None
 
 
-def compare(x: Tensor, k: int, made: dict[str, Any], seed: int) -> None:
-    """The CPU and the emulation, forward and backward, on one of the schedules."""
+def compare(x: Tensor, k: int, made: dict[str, Any], seed: int, name: str = "emulated") -> None:
+    """The CPU and another engine, forward and backward; the emulation on one of its schedules."""
     x = x.clone().requires_grad_()
     want = moeyard.topk_gating(x, k, **made)
     want_grad = gradient(want, x, seed)
-    with emulated(seed % (SCHEDULES + 2)):
-        got = moeyard.topk_gating(x, k, **made)
-        got_grad = gradient(got, x, seed)
+    with engine.run(name, seed % (SCHEDULES + 2)):
+        there = place(x)
+        out = moeyard.topk_gating(there, k, **place(made))
+        grad = gradient(out, there, seed)
+        moeyard.check_device_errors()
+    got, got_grad = moeyard.Gating(*(o.cpu() for o in out)), None if grad is None else grad.cpu()
     # Nothing of a row depends on other rows, nor its order of sums on the device: not even rounding may differ.
     assert_equal((got.experts, got.counts, got.weights), (want.experts, want.counts, want.weights))
     tolerance = TOLERANCE.get(x.dtype, 1e-5)
@@ -108,10 +107,11 @@ def calls(draw: st.DrawFn) -> tuple[Tensor, int, dict[str, Any], int]:
     return x, k, options(x, k, r, g), seed
 
 
-@settings(max_examples=1000)
-@given(calls())
-def test_any_call(call: tuple[Tensor, int, dict[str, Any], int]) -> None:
-    compare(*call)
+@pytest.mark.parametrize("name", ["emulated", "cuda"])
+@settings(max_examples=examples(1000))
+@given(call=calls())
+def test_any_call(name: str, call: tuple[Tensor, int, dict[str, Any], int]) -> None:
+    compare(*call, name)
 
 
 @pytest.mark.parametrize("k", [1, 2, 8, "E"])
@@ -225,86 +225,3 @@ def test_repeated_ids_in_the_backward_op_add_up(E: int) -> None:
         want = torch.ops.moeyard.topk_gating_backward(*args)
         with emulated():
             assert_equal((torch.ops.moeyard.topk_gating_backward(*args),), (want,))
-
-
-# ---- on a GPU --------------------------------------------------------------------------------------------------------
-
-gpu = pytest.mark.skipif(
-    not (torch.cuda.is_available() and _native.cuda_built), reason="needs a GPU and a build with CUDA"
-)
-
-
-def step(x: Tensor, **options: Any) -> tuple[Tensor, ...]:
-    out = moeyard.topk_gating(x, 8, **options)
-    return *out, torch.autograd.grad(sum((getattr(out, name) ** 2).sum() for name in FLOATS), x)[0]
-
-
-@gpu
-@settings(max_examples=300)
-@given(calls())
-def test_any_call_on_a_gpu(call: tuple[Tensor, int, dict[str, Any], int]) -> None:
-    x, k, made, seed = call
-    want = moeyard.topk_gating(x.requires_grad_(), k, **made)
-    there = x.detach().cuda().requires_grad_()
-    got = moeyard.topk_gating(there, k, **{n: o.cuda() if isinstance(o, Tensor) else o for n, o in made.items()})
-    assert torch.equal(got.experts.cpu(), want.experts)
-    assert torch.equal(got.counts.cpu(), want.counts)
-    tolerance = TOLERANCE.get(x.dtype, 1e-5)
-    for name in FLOATS:
-        a, b = getattr(got, name).detach().cpu(), getattr(want, name).detach()
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
-    a, b = gradient(got, there, seed), gradient(want, x, seed)
-    if a is not None and b is not None:
-        torch.testing.assert_close(a.cpu(), b, rtol=0, atol=0, equal_nan=True)
-
-
-@gpu
-def test_no_hidden_synchronisation() -> None:
-    x = torch.randn(300, 256, device="cuda", requires_grad=True)
-    bias = torch.zeros(256, device="cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step(x, selection_bias=bias, score="sigmoid", num_groups=8, topk_groups=4)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@gpu
-def test_the_current_stream_is_used() -> None:
-    source = torch.randn(4096, 256, generator=torch.Generator().manual_seed(5))
-    want = step(source.cuda().requires_grad_())
-    stream, x = torch.cuda.Stream(), torch.zeros(4096, 256, device="cuda", requires_grad=True)
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        x.data.copy_(source.cuda())
-        got = step(x)
-    stream.synchronize()
-    assert_equal(got, want)
-
-
-@gpu
-@pytest.mark.parametrize("E", [64, 256, 2048])
-def test_graph_capture(E: int) -> None:
-    """A graph that is replayed with other logits gives what they give."""
-    x = torch.randn(100, E, device="cuda", requires_grad=True)
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        step(x)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(x)
-    for seed in range(3):
-        x.data.copy_(torch.randn(100, E, generator=torch.Generator().manual_seed(seed)))
-        graph.replay()
-        torch.cuda.synchronize()
-        assert_equal(captured, step(x))
-
-
-@gpu
-def test_runs_give_the_same_bits() -> None:
-    x = torch.randn(5000, 128, device="cuda", requires_grad=True)
-    first = step(x)
-    for _ in range(20):
-        assert_equal(step(x), first)

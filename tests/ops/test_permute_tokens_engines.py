@@ -3,7 +3,6 @@ schedules: plans integer for integer, rows bit for bit, dots to rounding. What a
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -14,10 +13,9 @@ from torch import Tensor
 
 import moeyard
 from emulation import emulated
-from engines import SCHEDULES
-from ops.contract import assert_equal
+from engines import SCHEDULES, engine, examples, place
+from ops.compare import assert_equal
 
-CASES = int(os.environ.get("MOEYARD_EMULATION_CASES", "100"))
 EXPERTS = (1, 2, 3, 64, 255, 256, 257, 1000, 1024, 1025)  # more than 1,024 are sorted digit by digit
 TOKENS = (0, 1, 31, 32, 33)
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -43,15 +41,16 @@ def random_weights(shape: torch.Size, kind: str, dtype: torch.dtype, generator: 
 # ---- plans --------------------------------------------------------------------------------------------------------
 
 
-def assert_plans_agree(seed: int, *args: Any, **options: Any) -> None:
-    want = moeyard.plan_permutation(*args, **options)
-    with emulated(seed):
-        got = moeyard.plan_permutation(*args, **options)
+def assert_plans_agree(name: str, seed: int, ids: Tensor, experts: int, **options: Any) -> None:
+    want = moeyard.plan_permutation(ids, experts, **options)
+    with engine.run(name, seed):
+        got = moeyard.plan_permutation(place(ids), experts, **place(options))
         moeyard.check_device_errors()
-    assert_equal(got, want)
+    assert_equal(tuple(g.cpu() for g in got), want)
 
 
-@settings(max_examples=CASES)
+@pytest.mark.parametrize("name", ["emulated", "cuda"])
+@settings(max_examples=examples(100))
 @given(
     tokens=st.sampled_from(TOKENS) | st.integers(0, 1500),
     k=st.integers(1, 9),
@@ -65,6 +64,7 @@ def assert_plans_agree(seed: int, *args: Any, **options: Any) -> None:
     seed=st.integers(0, 10**6),
 )
 def test_plans_agree(
+    name: str,
     tokens: int,
     k: int,
     experts: int,
@@ -81,7 +81,7 @@ def test_plans_agree(
     options: dict[str, Any] = {"capacity": capacity, "align": align}
     if weights:
         options |= {"drop": "weight", "weights": random_weights(ids.shape, weights, dtype, generator)}
-    assert_plans_agree(seed % 100, ids, experts, **options)
+    assert_plans_agree(name, seed % 100, ids, experts, **options)
 
 
 @pytest.mark.parametrize("experts", EXPERTS)
@@ -102,7 +102,7 @@ def test_plans_under_every_schedule(experts: int, by_weight: bool) -> None:
 def test_strips_of_several_tiles() -> None:
     """Past 1,024 * 1,024 slots a block has more than one tile."""
     ids = torch.randint(-1, 5, (1_050_000, 1), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-    assert_plans_agree(2, ids, 5, align=8, capacity=200_000)
+    assert_plans_agree("emulated", 2, ids, 5, align=8, capacity=200_000)
 
 
 # ---- rows ---------------------------------------------------------------------------------------------------------
@@ -156,7 +156,8 @@ DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64, *FLOATS)
 FEATURES = (0, 1, 2, 3, 8, 31, 32, 33, 64, 129, 256, 1040, 4096)
 
 
-@settings(max_examples=CASES)
+@pytest.mark.parametrize("name", ["emulated", "cuda"])
+@settings(max_examples=examples(100))
 @given(
     tokens=st.sampled_from(TOKENS) | st.integers(0, 70),
     k=st.integers(0, 9) | st.just(17),
@@ -166,16 +167,19 @@ FEATURES = (0, 1, 2, 3, 8, 31, 32, 33, 64, 129, 256, 1040, 4096)
     shift=st.booleans(),
     seed=st.integers(0, 10**6),
 )
-def test_rows_agree(tokens: int, k: int, features: int, dtype: torch.dtype, align: int, shift: bool, seed: int) -> None:
+def test_rows_agree(
+    name: str, tokens: int, k: int, features: int, dtype: torch.dtype, align: int, shift: bool, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     x, y, plan, weights = random_case(tokens, k, features, dtype, align, generator)
-    if shift:  # no address is a multiple of more than an element
-        x = torch.cat([x.new_zeros(1), x.reshape(-1)])[1:].view(x.shape)
     want = all_passes(x, y, plan, weights)
-    with emulated(seed % 100):
+    with engine.run(name, seed % 100):
+        x, y, plan, weights = place((x, y, plan, weights))
+        if shift:  # no address is a multiple of more than an element
+            x = torch.cat([x.new_zeros(1), x.reshape(-1)])[1:].view(x.shape)
         got = all_passes(x, y, plan, weights)
         moeyard.check_device_errors()
-    assert_passes_agree(got, want, features)
+    assert_passes_agree([[t.cpu() for t in part] for part in got], want, features)
 
 
 @pytest.mark.parametrize("features", [1, 8, 33, 264, 1056])
