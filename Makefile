@@ -36,7 +36,7 @@ test-full: $(VENV)/test.stamp
 	$(BIN)/python -m pytest tests
 
 test-simd: $(VENV)/test.stamp
-	bash .ci/on-each-simd-level $(BIN)/python --below-best $(BIN)/python -m pytest tests/ops -m "not slow" -n 2
+	bash .ci/on-each-simd-level $(BIN)/python --below-best $(BIN)/python -m pytest tests/ops -m "not slow" -k "not emulated" -n 2
 
 test-cuda: $(VENV)/test.stamp
 	MOEYARD_EXAMPLES=10 $(BIN)/python -m pytest tests/ops/test_*_engines.py -k "agree or any_call" -n 2 --timeout 1200
