@@ -43,7 +43,8 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-/// The first line of every launcher: profilers show its launches as a range (NVTX) of this name, and `device` is current.
+/// The first line of every launcher: profilers show its launches as a range (NVTX) of this name, and `device` is
+/// current.
 class LaunchScope {
  public:
   LaunchScope(const char* name, int device) : range_(name), guard_(device) {}

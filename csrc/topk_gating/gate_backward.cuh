@@ -84,8 +84,7 @@ struct TeamBackward {
   }
   __device__ void load_chosen(int64_t t) {
 #pragma unroll
-    for (int r = 0; r < Team::run; ++r)
-      logit[r] = id[r] >= 0 ? load_logit(g, call.logits, t, id[r]) : kLowest<float>;
+    for (int r = 0; r < Team::run; ++r) logit[r] = id[r] >= 0 ? load_logit(g, call.logits, t, id[r]) : kLowest<float>;
   }
 
   __device__ void chosen_scores(bool over_chosen) {
@@ -96,8 +95,8 @@ struct TeamBackward {
 #pragma unroll
     for (int r = 0; r < Team::run; ++r) {
       const float v = score_math::capped(logit[r]);
-      const float s = elementwise ? elementwise_score(g.score, v)
-                                  : score_math::exp_nonpositive(v - row.max) * (1.0f / row.sum);
+      const float s =
+          elementwise ? elementwise_score(g.score, v) : score_math::exp_nonpositive(v - row.max) * (1.0f / row.sum);
       c[r] = over_chosen ? softmax[r] : id[r] >= 0 && v == v ? s : 0.0f;
     }
   }

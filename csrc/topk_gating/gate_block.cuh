@@ -91,10 +91,10 @@ struct RowReader {
   DType dtype;
 
   __device__ RowReader(const GatingProblem& g, const void* logits, int64_t t)
-      : row(static_cast<const char*>(logits) +
-            t * g.experts * (sizeof(A) == 8                                      ? 8
-                             : g.dtype == DType::bf16 || g.dtype == DType::f16 ? 2
-                                                                                 : 4)),
+      : row(static_cast<const char*>(logits) + t * g.experts *
+                                                   (sizeof(A) == 8                                    ? 8
+                                                    : g.dtype == DType::bf16 || g.dtype == DType::f16 ? 2
+                                                                                                      : 4)),
         dtype(g.dtype) {}
   __device__ A operator()(int i) const {
     if constexpr (sizeof(A) == 8) {

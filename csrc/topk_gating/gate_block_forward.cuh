@@ -16,9 +16,9 @@ struct BlockGate {
   const BlockSums<A> sums;
   const int experts, k, padded;  ///< padded: to a power of two
   const bool elementwise, raw;
-  A *x, *e;      ///< logits; exponentials, later the chosen scores
-  Bits* key;     ///< in e's place
-  int32_t* id;   ///< [padded]
+  A *x, *e;        ///< logits; exponentials, later the chosen scores
+  Bits* key;       ///< in e's place
+  int32_t* id;     ///< [padded]
   unsigned* kept;  ///< a bit per group
   RowSoftmax<A> row;
 
@@ -202,8 +202,8 @@ struct BlockGate {
 
 /// `bias` may hold NaN, which counts as -inf: it is left out by every comparison.
 template <class A>
-__global__ void __launch_bounds__(kBlockRowThreads) gate_block_kernel(const __grid_constant__ GateCall call,
-                                                                      int padded) {
+__global__ void __launch_bounds__(kBlockRowThreads)
+    gate_block_kernel(const __grid_constant__ GateCall call, int padded) {
   CU_DYN_SHARED(double, shared);
   BlockGate<A> gate(call, padded, shared);
   const int block = int(blockIdx.x);

@@ -96,7 +96,8 @@ struct TeamGate {
 #pragma unroll
       for (int r = 0; r < Team::run; ++r) {
         const float x = score_math::capped(w[r]);
-        const float s = elementwise ? elementwise_score(g.score, x) : score_math::exp_nonpositive(x - row.max) / row.sum;
+        const float s =
+            elementwise ? elementwise_score(g.score, x) : score_math::exp_nonpositive(x - row.max) / row.sum;
         w[r] = has(r) && x == x ? s : 0.0f;
       }
     if (g.renormalize && g.score != Score::softmax_topk) {
@@ -196,7 +197,8 @@ struct TeamGate {
 // ---- kernel -----------------------------------------------------------------------------------------------------
 
 template <class Team, bool elementwise>
-__global__ void __launch_bounds__(kGateThreads, gate_blocks_per_sm(Team::count)) gate_kernel(const __grid_constant__ GateCall call) {
+__global__ void __launch_bounds__(kGateThreads, gate_blocks_per_sm(Team::count))
+    gate_kernel(const __grid_constant__ GateCall call) {
   CU_DYN_SHARED(float, base);
   const int warp = int(threadIdx.x) / kLanes, warps = int(blockDim.x) / kLanes;
   TeamGate<Team, elementwise> gate(call, base);

@@ -37,8 +37,8 @@ struct Team {
   __device__ Team() : lane(int(threadIdx.x) % L), index(int(threadIdx.x) % kLanes / L) {}
   /// The expert of the lane's entry m; ascending in m.
   __device__ int expert(int m) const { return m / run * kLanes + lane * run + m % run; }
-  /// Where entry m of lane `of` lies in an array of 4-entry chunks, [chunk][lane of the warp], of which a warp reads and
-  /// writes 16 bytes per lane without bank conflicts.
+  /// Where entry m of lane `of` lies in an array of 4-entry chunks, [chunk][lane of the warp], of which a warp reads
+  /// and writes 16 bytes per lane without bank conflicts.
   __device__ int place(int of, int m) const { return (m / 4 * kLanes + index * L + of) * 4 + m % 4; }
   __device__ static int owner(int expert) { return expert % kLanes / run; }
   __device__ static int entry(int expert) { return expert / kLanes * run + expert % run; }
@@ -133,8 +133,8 @@ bool packed_rows(const GatingProblem& g, const void* a, const void* b) {
 
 /// Reads row t; `outside` stands past its end, and everywhere in a row that is not live.
 template <class Team>
-__device__ void load_row(const GatingProblem& g, const void* logits, int64_t t, bool live, bool packed, const Team& team,
-                         float (&x)[Team::count]) {
+__device__ void load_row(const GatingProblem& g, const void* logits, int64_t t, bool live, bool packed,
+                         const Team& team, float (&x)[Team::count]) {
   const int experts = live ? int(g.experts) : 0;
   const float outside = live ? kLowest<float> : 0.0f;
   with_element(g.dtype, [&](auto* type) {

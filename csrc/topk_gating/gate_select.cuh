@@ -21,8 +21,7 @@ struct TeamKeys {
     for (int n = 0; n < Team::chunks; ++n) {
       float v[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        v[i] = kept(4 * n + i) ? key_of(4 * n + i) : kNaN<float>;
+      for (int i = 0; i < 4; ++i) v[i] = kept(4 * n + i) ? key_of(4 * n + i) : kNaN<float>;
       *reinterpret_cast<float4*>(key + team.place(team.lane, 4 * n)) = make_float4(v[0], v[1], v[2], v[3]);
       top[n] = fmaxf(fmaxf(v[0], v[1]), fmaxf(v[2], v[3]));
     }
@@ -84,7 +83,8 @@ __device__ unsigned kept_groups(const GatingProblem& g, const Team& team, KeyOf 
     float sum = 0.0f + first;
     if (g.group_score_experts == 2 && second > kLowest<float>) sum += second;
     // A group without a candidate ranks below every other, even below one whose sum overflows.
-    if (team.lane == group) own = first > kLowest<float> ? fmaxf(sum, -score_math::Format<float>::largest) : kLowest<float>;
+    if (team.lane == group)
+      own = first > kLowest<float> ? fmaxf(sum, -score_math::Format<float>::largest) : kLowest<float>;
     ++group, left = size, first = second = kLowest<float>;
   }
   int better = 0;

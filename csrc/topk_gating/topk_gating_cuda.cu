@@ -55,7 +55,8 @@ Shape team_shape(int64_t rows, int64_t rows_per_warp) {
   return {std::clamp<int64_t>(blocks, 1, kMaxBlocks), int(warps) * kLanes};
 }
 Shape block_shape(const GatingProblem& g) {
-  return {std::clamp<int64_t>(g.rows, 1, kMaxBlockRows), g.experts <= kSmallRow ? kSmallBlockRowThreads : kBlockRowThreads};
+  return {std::clamp<int64_t>(g.rows, 1, kMaxBlockRows),
+          g.experts <= kSmallRow ? kSmallBlockRowThreads : kBlockRowThreads};
 }
 Shape forward_shape(const GatingProblem& g) {
   if (!fits_team(g)) return block_shape(g);
@@ -67,7 +68,8 @@ Shape forward_shape(const GatingProblem& g) {
 template <class A>
 void add_blocks(const GatingProblem& g, const GatingOutputs& out, void* workspace, int64_t blocks, Stream stream) {
   const BlockSums<A> sums(workspace, int(blocks), g.experts);
-  cu_launch(sums_kernel<A>, dim3(unsigned(divide_up(g.experts, kLanes))), dim3(1024), 0, stream, sums, int(blocks), out);
+  cu_launch(sums_kernel<A>, dim3(unsigned(divide_up(g.experts, kLanes))), dim3(1024), 0, stream, sums, int(blocks),
+            out);
 }
 
 void team_forward(GateCall call, Shape shape, Stream stream) {
@@ -133,8 +135,7 @@ void topk_gating(const GatingProblem& g, const GatingInputs& in, const GatingOut
 }
 
 void topk_gating_backward(const GatingProblem& g, const void* logits, const int32_t* experts, const uint8_t* mask,
-                          const GatingGradients& grads, void* grad_logits, unsigned* errors, int device,
-                          void* stream) {
+                          const GatingGradients& grads, void* grad_logits, unsigned* errors, int device, void* stream) {
   if (g.rows == 0) return;
   const LaunchScope scope("moeyard::topk_gating_backward", device);
   const auto s = static_cast<Stream>(stream);

@@ -1,4 +1,4 @@
-"""Launches are NVTX ranges that bear the launcher's name. No GPU is needed: a range opens before the first CUDA call."""
+"""Launches are NVTX ranges that bear the launcher's name. No GPU is needed: ranges open before the first CUDA call."""
 
 from __future__ import annotations
 
@@ -40,7 +40,12 @@ def test_a_profiler_sees_the_ranges(tmp_path: Path) -> None:
 def test_every_launcher_has_a_range_of_its_name() -> None:
     launchers = 0
     for path in sorted((ROOT / "csrc").glob("*/*_cuda.cu")):
-        for name, body in re.findall(r"^void (\w+)\([^{;]*void\* stream\) \{\n(.*?)^\}$", path.read_text(), re.M | re.S):
+        for name, body in re.findall(
+            r"^void (\w+)\([^{;]*void\* stream\) \{\n(.*?)^\}$", path.read_text(), re.M | re.S
+        ):
             launchers += 1
-            assert re.search(rf"^  const LaunchScope scope\(\"moeyard::{name}\", device\);$", body, re.M), (path.name, name)
+            assert re.search(rf"^  const LaunchScope scope\(\"moeyard::{name}\", device\);$", body, re.M), (
+                path.name,
+                name,
+            )
     assert launchers >= 7
