@@ -216,7 +216,7 @@ def test_the_backward_op_passes_over_a_bad_id(E: int, bad: int | str, score: str
 
 @WIDTHS
 def test_repeated_ids_in_the_backward_op_add_up(E: int) -> None:
-    """The forward pass never returns such, but the op takes them, on every device."""
+    """The forward pass never returns such. To rounding: a sum's factor may stand before it or behind it."""
     ids = torch.tensor([[1, 1, 1, 0]] * 3, dtype=torch.int32)
     g = torch.Generator().manual_seed(4)
     grads = (torch.randn(3, 4, generator=g), torch.randn(E, generator=g), None, None, None)
@@ -224,4 +224,4 @@ def test_repeated_ids_in_the_backward_op_add_up(E: int) -> None:
         args = (wide(E), ids, score, False, 1.0, None, *grads)
         want = torch.ops.moeyard.topk_gating_backward(*args)
         with emulated():
-            assert_equal((torch.ops.moeyard.topk_gating_backward(*args),), (want,))
+            torch.testing.assert_close(torch.ops.moeyard.topk_gating_backward(*args), want)
