@@ -382,7 +382,7 @@ class TestCudaResources:
         [(32, 1024, 64), (33, 1024, 32), (40, 256, 48), (64, 256, 32), (65, 96, 27), (168, 128, 12), (255, 32, 8)],
     )
     def test_resident_warps(self, registers: int, threads: int, warps: int) -> None:
-        """As in the occupancy tables of NVIDIA's profiler for these architectures."""
+        """By hand: a scheduler has 16,384 registers, and a warp takes them by 256."""
         assert load("cuda_resources").Kernel(registers=registers, threads=threads).warps() == warps
 
     def test_the_page(self) -> None:
