@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """What has no GPU to run on is one line of the summary, not one per test."""
+    report = yield
+    if report.skipped and isinstance(report.longrepr, tuple) and engines.NO_GPU in report.longrepr[2]:
+        report.longrepr = (engines.__file__, None, report.longrepr[2])
+    return report
 
 
 @pytest.fixture(scope="module")

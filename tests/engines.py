@@ -25,6 +25,7 @@ from emulation import emulated, set_options
 from moeyard import _native
 
 ENGINES = ("cpu", "emulated", "cuda")
+NO_GPU = "needs a GPU and a build with CUDA"
 #: Shuffled schedules that the contract tries, beside forward and backward.
 SCHEDULES = int(os.environ.get("MOEYARD_EMULATION_SEEDS", "20"))
 _SHARE = float(os.environ.get("MOEYARD_EXAMPLES", "1"))
@@ -68,7 +69,7 @@ class Engine:
     def run(self, name: str, seed: int = 0) -> Iterator[None]:
         """All inside runs there; `seed` is the emulation's schedule."""
         if name == "cuda" and not (torch.cuda.is_available() and _native.cuda_built):
-            pytest.skip("needs a GPU and a build with CUDA")
+            pytest.skip(NO_GPU)
         self.name = name
         try:
             with emulated(seed) if name == "emulated" else nullcontext(), self._mode(name):

@@ -6,12 +6,11 @@ import pytest
 import torch
 
 import moeyard
+from engines import NO_GPU
 from moeyard import _native
 from moeyard.nn import MoE
 
-pytestmark = pytest.mark.skipif(
-    not (torch.cuda.is_available() and _native.cuda_built), reason="needs a GPU and a build with CUDA"
-)
+pytestmark = pytest.mark.skipif(not (torch.cuda.is_available() and _native.cuda_built), reason=NO_GPU)
 
 
 def test_an_op_without_a_cuda_kernel_says_so() -> None:

@@ -1,5 +1,7 @@
 """CUDA kernels on raw addresses; `stream` is a cudaStream_t as an integer."""
 
+from moeyard._cpu import GatingProblem
+
 runtime_version: int
 
 def device_errors(device: int) -> int: ...
@@ -49,6 +51,40 @@ def unpermute_rows(
     dtype: int,
     out: int,
     dots: int,
+    errors: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def topk_gating_workspace(problem: GatingProblem) -> int: ...
+def topk_gating(
+    problem: GatingProblem,
+    logits: int,
+    bias: int,
+    mask: int,
+    forced: int,
+    weights: int,
+    experts: int,
+    counts: int,
+    score_sum: int,
+    weight_sum: int,
+    logsumexp_sq: int,
+    entropy_sum: int,
+    workspace: int,
+    errors: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def topk_gating_backward(
+    problem: GatingProblem,
+    logits: int,
+    experts: int,
+    mask: int,
+    grad_weights: int,
+    grad_score_sum: int,
+    grad_weight_sum: int,
+    grad_logsumexp_sq: int,
+    grad_entropy_sum: int,
+    grad_logits: int,
     errors: int,
     device: int,
     stream: int,

@@ -133,6 +133,16 @@ def test_every_schedule(E: int, k: int | str) -> None:
             assert_equal(other, results[0])
 
 
+@pytest.mark.parametrize("name", ["emulated", "cuda"])
+@pytest.mark.parametrize("E", [5, 1025])
+def test_rows_that_follow_each_other_in_a_block(E: int, name: str) -> None:
+    """More rows than all blocks take at once; what one leaves in shared memory must not reach the next."""
+    T = 9000 if E == 5 else 270
+    x = torch.randn(T, E, generator=torch.Generator().manual_seed(6))
+    for seed, score in enumerate(SCORES):  # seeds 0 and 3 differentiate the weights
+        compare(x, 3, {"score": score, "renormalize": False, "mask": torch.arange(T) % 7 > 0}, seed, name)
+
+
 @pytest.mark.parametrize("options", [{}, {"num_groups": 8, "topk_groups": 4, "score": "sigmoid"}], ids=["", "groups"])
 def test_an_unaligned_view(options: dict[str, Any]) -> None:
     """Rows that cannot be moved by 16 bytes."""
@@ -241,7 +251,7 @@ def test_the_backward_op_passes_over_a_bad_id(E: int, bad: int | str, score: str
 
 @WIDTHS
 def test_repeated_ids_in_the_backward_op_add_up(E: int) -> None:
-    """The forward pass never returns such, but the op takes them, on every device."""
+    """The forward pass never returns such. To rounding: a sum's factor may stand before it or behind it."""
     ids = torch.tensor([[1, 1, 1, 0]] * 3, dtype=torch.int32)
     g = torch.Generator().manual_seed(4)
     grads = (torch.randn(3, 4, generator=g), torch.randn(E, generator=g), None, None, None)
@@ -249,4 +259,4 @@ def test_repeated_ids_in_the_backward_op_add_up(E: int) -> None:
         args = (wide(E), ids, score, False, 1.0, None, *grads)
         want = torch.ops.moeyard.topk_gating_backward(*args)
         with emulated():
-            assert_equal((torch.ops.moeyard.topk_gating_backward(*args),), (want,))
+            torch.testing.assert_close(torch.ops.moeyard.topk_gating_backward(*args), want)

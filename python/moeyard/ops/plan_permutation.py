@@ -152,7 +152,7 @@ def _cpu(
     experts: Tensor, num_experts: int, capacity: int | None, drop: str, weights: Tensor | None, align: int
 ) -> tuple[Tensor, ...]:
     out, request, _held = _request(experts, num_experts, capacity, drop, weights, align)
-    _native.cpu.plan_permutation(*request, [o.data_ptr() for o in out], torch.get_num_threads())
+    _native.cpu.plan_permutation(*[*request, [o.data_ptr() for o in out], torch.get_num_threads()])
     return out
 
 

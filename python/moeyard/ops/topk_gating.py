@@ -252,7 +252,8 @@ def _prepare(
 
 def _cpu(*args: Any) -> tuple[Tensor, ...]:
     problem, inputs, out = _prepare(*args)
-    _native.cpu.topk_gating(problem, *map(address, inputs), *map(address, out), torch.get_num_threads())
+    addresses = [*map(address, inputs), *[o.data_ptr() for o in out]]
+    _native.cpu.topk_gating(problem, *[*addresses, torch.get_num_threads()])
     return out
 
 
@@ -299,7 +300,8 @@ def _prepare_backward(
 
 def _cpu_backward(*args: Any) -> Tensor:
     problem, inputs, grad_logits = _prepare_backward(*args)
-    _native.cpu.topk_gating_backward(problem, *map(address, inputs), grad_logits.data_ptr(), torch.get_num_threads())
+    addresses = [*map(address, inputs), grad_logits.data_ptr()]
+    _native.cpu.topk_gating_backward(problem, *[*addresses, torch.get_num_threads()])
     return grad_logits
 
 
