@@ -243,6 +243,7 @@ __device__ void place_strip(const Pass<Id>& p, int64_t end, int (&bin)[kItems], 
 // The strip's ranks, before anything waits: `lay_out` gives each bin to the thread that has loaded it.
 template <class Id>
 __device__ void load_ranks(const Pass<Id>& p, const unsigned* ranks, unsigned* next) {
+#pragma unroll 4
   for (int b = threadIdx.x; b < p.bins; b += kThreads) next[b] = ranks[int64_t(blockIdx.x) * p.bins + b];
 }
 
@@ -281,8 +282,8 @@ __global__ void __launch_bounds__(kThreads)
   load_bins(p, blockIdx.x * p.length, end, bin);
   load_ranks(p, ranks, next);
   const Shares all_bins{p.bins, 0, 1};
-  const Extent all = lay_out(
-      totals, all_bins, [&](int64_t b, const Extent& before, const Extent&) { next[b] += before.slots; });
+  const Extent all =
+      lay_out(totals, all_bins, [&](int64_t b, const Extent& before, const Extent&) { next[b] += before.slots; });
   if (listed && blockIdx.x == 0 && threadIdx.x == 0) *listed = all.slots;
   place_strip(p, end, bin, next, counts, [&](int64_t i, int b, unsigned place) {
     if (b >= 0) list[place] = int32_t(slot_at(p, i));

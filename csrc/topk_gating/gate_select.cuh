@@ -124,7 +124,10 @@ struct TeamSlots {
   __device__ int at(int s) const {
     int mine = id[0];
 #pragma unroll
-    for (int r = 1; r < Team::run; ++r) mine = s / Team::lanes == r ? id[r] : mine;
+    for (int r = 1; r < Team::run; ++r) {
+      const int other = id[r];  // read in any case: a choice between reads puts the array into memory
+      mine = s / Team::lanes == r ? other : mine;
+    }
     return __shfl_sync(kAllLanes, mine, s % Team::lanes, Team::lanes);
   }
   __device__ void put(const Team& team, int s, int expert) {
