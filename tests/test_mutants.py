@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 PLANS = "test_permute_tokens_engines.py -k plans"
 ROWS = "test_permute_tokens_engines.py -k rows"
 GATES = "test_topk_gating_engines.py -k any_call"
+LAST_BITS = "test_topk_gating_engines.py -k last_bits"
 FOLLOWING = "test_topk_gating_engines.py -k follow"
 PLAN, HEAVIEST, PERMUTE = (
     f"permute_tokens/{name}" for name in ("plan_cuda.cu", "keep_heaviest.cuh", "permute_tokens_cuda.cu")
@@ -77,6 +78,9 @@ MUTANTS = {
     ),
     "unwritten output": Mutant(
         PERMUTE, "if (j < slots && (j & (team - 1))", "if (j + 1 < slots && (j & (team - 1))", ROWS, DIFFERENT
+    ),
+    "short keys trusted too far": Mutant(
+        SELECT, "      nearest = min(nearest, next(last) ^ last);\n", "", LAST_BITS, DIFFERENT
     ),
     "swapped tie rule": Mutant(
         SELECT,

@@ -50,6 +50,8 @@ __device__ __forceinline__ uint4 load_streaming_if(bool wanted, const uint4* p) 
 }
 /// 16 bytes that nobody reads soon.
 __device__ __forceinline__ void store_streaming(uint4* p, uint4 v) { __stcs(p, v); }
+/// max(a + b, c), the sum modulo 2^32: one instruction from sm_90 on.
+__device__ __forceinline__ unsigned add_max(unsigned a, unsigned b, unsigned c) { return __viaddmax_u32(a, b, c); }
 
 #else
 
@@ -70,6 +72,7 @@ inline void store_streaming(uint4* p, uint4 v, emulation::Location where = std::
   emulation::check_aligned(p, sizeof *p, where);
   *p = v;
 }
+inline unsigned add_max(unsigned a, unsigned b, unsigned c) { return max(a + b, c); }
 
 #endif
 

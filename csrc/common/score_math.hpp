@@ -147,18 +147,25 @@ MOEYARD_HD A twice_atanh(A z) {
 
 // ---- functions --------------------------------------------------------------------------------------------------
 
-/// exp(x) for x <= 0 (-inf too); what would be below the smallest normal number is 0. NaN stays NaN.
+/// Below the cutoff the cutoff; NaN stays NaN.
+template <class A>
+MOEYARD_HD A above_cutoff(A x) {
+  return x < Format<A>::exp_cutoff ? constant<A>(Format<A>::exp_cutoff) : x;
+}
+
+/// exp(x) for x <= 0 (-inf too); what would be below the smallest normal number is 0. NaN fails the comparison and
+/// comes through the series. The factor is selected, not the result: of that nvcc would make a branch around the
+/// series, and one exponential would wait for the other.
 template <class A>
 MOEYARD_HD A exp_nonpositive(A x) {
   using F = Format<A>;
   using Int = typename F::Int;
-  const A inside = x < F::exp_cutoff ? A{} : x;
+  const A inside = above_cutoff(x);
   const A shifted = inside * F::inv_ln2 + F::round_magic, n = shifted - F::round_magic;
   const A r = (inside - n * F::ln2_high) - n * F::ln2_low;
   const Int exponent = to_bits(shifted) - to_bits(F::round_magic) + typename F::Word(F::exponent_bias);
   const A power = from_bits<A>(exponent << F::mantissa_bits);
-  // NaN fails the comparison and comes through the series.
-  return x < F::exp_cutoff ? A{} : exp_series(r) * power;
+  return exp_series(r) * (x < F::exp_cutoff ? A{} : power);
 }
 
 /// log(1 + e) for e in [0, 1]: 2 atanh(e / (2 + e)).
@@ -188,10 +195,28 @@ MOEYARD_HD A exp_minus_abs(A x) {
   return exp_nonpositive(x > A{} ? -x : x);
 }
 
+/// 1 / (1 + e) or e / (1 + e), where e is in [0, 1].
+template <class A>
+MOEYARD_HD A unit_quotient(A numerator, A e) {
+  return numerator / (constant<A>(1) + e);
+}
+#ifdef __CUDA_ARCH__
+/// The instructions of nvcc's own division but for its branch, for exponents that cannot be met here: for an e so small
+/// that the remainder would lose bits, 1 + e is 1.
+__device__ __forceinline__ float unit_quotient(float numerator, float e) {
+  const float d = 1.0f + e;
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(d));
+  inverse = __fmaf_rn(inverse, __fmaf_rn(-d, inverse, 1.0f), inverse);
+  const float q = numerator * inverse;
+  return __fmaf_rn(inverse, __fmaf_rn(-d, q, numerator), q);
+}
+#endif
+
 template <class A>
 MOEYARD_HD A sigmoid(A x) {
-  const A e = exp_minus_abs(x), one = constant<A>(1);
-  return (x >= A{} ? one : e) / (one + e);
+  const A e = exp_minus_abs(x);
+  return unit_quotient(x >= A{} ? constant<A>(1) : e, e);
 }
 
 /// s (1 - s) for s = sigmoid(x), without the cancellation.

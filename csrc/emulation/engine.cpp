@@ -185,6 +185,10 @@ void* shared_array(const void* key, size_t bytes) {
     return block.arrays[i].data;
   }
   if (block.array_count == kMaxSharedArrays) fail("more than 16 shared arrays", {});
+  // cu_launch asks CUDA for more than 48 KiB by the dynamic part alone, from 32 KiB on.
+  if (key != &launch.shared_bytes) block.static_bytes += bytes;
+  if (launch.shared_bytes > 0 && block.static_bytes > 16 * 1024)
+    fail("more than 16 KiB of static arrays beside dynamic shared memory", {});
   SharedArray& array = block.arrays[block.array_count++];
   poisoned_array(array, key, bytes);
   release(&block.shared_sync);

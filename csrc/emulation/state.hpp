@@ -56,6 +56,7 @@ struct Block {
   Location barrier_at;
   SharedArray arrays[kMaxSharedArrays];
   unsigned array_count = 0;
+  size_t static_bytes = 0;
   char barrier_sync[2] = {}, shared_sync = 0;
 };
 

@@ -182,6 +182,7 @@ __global__ void __launch_bounds__(kThreads) copy_rows_kernel(const W* x, Move m,
   for (int64_t first = 0; first < m.plan.k; first += kSlots) {
     int32_t row[kSlots];
     load_rows(m, token, first, row);
+#pragma unroll 1  // else each thread divides 64-bit numbers, to know how often; eight stores wait on every load anyway
     for (int64_t c = team_lane(m); c < m.words; c += 1 << m.team_bits) {
       const W word = load(x + token * m.words + c);
 #pragma unroll
@@ -255,6 +256,7 @@ __global__ void __launch_bounds__(kThreads, kDots ? kDotBlocks : kSumBlocks) spr
     sum_t<T> weight[kSlots], dot[kSlots] = {};
     load_rows(m, token, first, row);
     load_weights(m, a.weights, token, first, row, weight);
+#pragma unroll 1
     for (int64_t c = team_lane(m); c < words; c += 1 << m.team_bits) {
       const Word<T, N> x = load(a.tokens + token * words + c);
       Word<T, N> y[kSlots];

@@ -83,6 +83,7 @@ template <class Int>
 __device__ void fill(Int* to, int64_t n, Int value) {
   if (!to) return;
   const int64_t stride = int64_t(gridDim.x) * blockDim.x;
+#pragma unroll 1  // else each thread divides 64-bit numbers, to know how often
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += stride) to[i] = value;
 }
 
@@ -239,6 +240,13 @@ __device__ void place_strip(const Pass<Id>& p, int64_t end, int (&bin)[kItems], 
   }
 }
 
+// The strip's ranks, before anything waits: `lay_out` gives each bin to the thread that has loaded it.
+template <class Id>
+__device__ void load_ranks(const Pass<Id>& p, const unsigned* ranks, unsigned* next) {
+#pragma unroll 4
+  for (int b = threadIdx.x; b < p.bins; b += kThreads) next[b] = ranks[int64_t(blockIdx.x) * p.bins + b];
+}
+
 // The last step of a plan by position for few experts: slots to rows. Every block lays the experts out for itself,
 // which is cheaper than a launch.
 template <class Id>
@@ -249,8 +257,9 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t end = end_of_strip(p);
   int bin[kItems];
   load_bins(p, blockIdx.x * p.length, end, bin);
+  load_ranks(p, ranks, next);
   const Extent all = lay_out(routed, q, [&](int64_t e, const Extent& before, const Extent& mine) {
-    next[e] = before.rows + ranks[int64_t(blockIdx.x) * p.bins + e];
+    next[e] += before.rows;
     limit[e] = before.rows + mine.kept;
     if (blockIdx.x == 0) write_expert(out, e, before, mine);
   });
@@ -271,10 +280,10 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t end = end_of_strip(p);
   int bin[kItems];
   load_bins(p, blockIdx.x * p.length, end, bin);
+  load_ranks(p, ranks, next);
   const Shares all_bins{p.bins, 0, 1};
-  const Extent all = lay_out(totals, all_bins, [&](int64_t b, const Extent& before, const Extent&) {
-    next[b] = before.slots + ranks[int64_t(blockIdx.x) * p.bins + b];
-  });
+  const Extent all =
+      lay_out(totals, all_bins, [&](int64_t b, const Extent& before, const Extent&) { next[b] += before.slots; });
   if (listed && blockIdx.x == 0 && threadIdx.x == 0) *listed = all.slots;
   place_strip(p, end, bin, next, counts, [&](int64_t i, int b, unsigned place) {
     if (b >= 0) list[place] = int32_t(slot_at(p, i));

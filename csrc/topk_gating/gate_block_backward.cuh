@@ -13,7 +13,7 @@ struct BlockBackward {
   const Gradients<A> grads;
   const int experts, k;
   const bool elementwise, to_scores;
-  A *p, *given;    ///< [E] probabilities; what the slots give to the scores or the logits
+  A *p, *given;    ///< [E] probabilities; the gradient of the scores, or what the slots give to the logits
   int32_t* first;  ///< [E] the first slot with this expert
   RowSoftmax<A> row;
 
@@ -99,10 +99,8 @@ struct BlockBackward {
     return x != x ? A(0) : score_math::exp_nonpositive(score_math::capped(x) - max);
   }
 
-  __device__ A score_grad(int i) const {
-    const A grad = grads.score_sum ? grads.score_sum[i] : A(0);
-    return to_scores ? grad + given[i] : grad;
-  }
+  __device__ A score_sum_grad(int i) const { return grads.score_sum ? grads.score_sum[i] : A(0); }
+  __device__ A score_grad(int i) const { return to_scores ? given[i] : score_sum_grad(i); }
 
   // The gradient of logit i, whose value is x.
   __device__ A logit_grad(int i, A x, A dot) const {
@@ -127,7 +125,8 @@ struct BlockBackward {
   // Marks the first slot of every expert.
   __device__ void claim(const int32_t* ids) {
     __syncthreads();
-    each(experts, [&](int i) { given[i] = 0, first[i] = INT_MAX; });
+    // As on the CPU the slots are added to what comes by score_sum.
+    each(experts, [&](int i) { given[i] = to_scores ? score_sum_grad(i) : A(0), first[i] = INT_MAX; });
     __syncthreads();
     each(k, [&](int s) {
       if (exists(ids[s]))

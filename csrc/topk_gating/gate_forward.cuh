@@ -46,17 +46,49 @@ struct TeamGate {
       : call(call_), g(call_.problem), shared(base), raw(selects_raw(call_.problem, call_.in.bias)) {}
 
   // Selection values from the logits or scores in v; what is no candidate becomes -inf.
-  __device__ void fill_keys(TeamKeys<Team>& keys, const float (&v)[Team::count], unsigned candidates) {
-    const auto key = [&](int m) {
-      const float value = call.in.bias ? v[m] + shared.bias[team.expert(m)] : v[m];
-      return candidates >> m & 1u ? fmaxf(value, kLowest<float>) : kLowest<float>;
-    };
-    const unsigned groups = g.num_groups > 0 ? kept_groups(g, team, key) : 0;
-    keys.fill(team, key, KeptEntries<Team>(g, groups));
+  __device__ void find_keys(const float (&v)[Team::count], unsigned candidates, float (&key)[Team::count]) const {
+    constexpr unsigned all = kAllLanes >> (32 - Team::count);
+#pragma unroll
+    for (int m = 0; m < Team::count; ++m) key[m] = v[m];
+    if (call.in.bias)
+#pragma unroll
+      for (int m = 0; m < Team::count; m += Team::run) {
+        const auto bias = *reinterpret_cast<const Packet<float, Team::run>*>(shared.bias + team.expert(m));
+#pragma unroll
+        for (int c = 0; c < Team::run; ++c) key[m + c] += bias.v[c];
+      }
+#pragma unroll
+    for (int m = 0; m < Team::count; ++m) key[m] = fmaxf(key[m], kLowest<float>);
+    if (__any_sync(kAllLanes, (candidates & all) != all))
+#pragma unroll
+      for (int m = 0; m < Team::count; ++m) key[m] = candidates >> m & 1u ? key[m] : kLowest<float>;
+  }
+
+  // Fills the slots, by the short keys if they can tell. The keys are found again where not, so that no register has to
+  // hold them meanwhile.
+  __device__ void choose(TeamSlots<Team>& slots, const float (&v)[Team::count], unsigned candidates, bool live) {
+#pragma unroll 1
+    for (bool is_short = g.forced_slots == 0;; is_short = false) {
+      float key[Team::count];
+      find_keys(v, candidates, key);
+      const KeptEntries<Team> kept(g, g.num_groups > 0 ? kept_groups(g, team, key) : 0);
+      if (is_short) {
+        const ShortKeys<Team> keys(team, key, g.num_groups == 0, kept);
+        // The lower bits of a 16-bit logit are zero, as long as nothing is added.
+        const bool all_tell = raw && !call.in.bias && g.dtype != DType::f32;
+        if (keys.choose(int(g.k), all_tell, live, team, reinterpret_cast<int*>(shared.keys), slots.id)) return;
+        __syncwarp();
+      } else {
+        TeamKeys<Team> keys;
+        keys.key = shared.keys;
+        keys.fill(team, key, kept);
+        return slots.choose(g, team, keys);
+      }
+    }
   }
 
   // The scores that decide, with their statistics; x holds what read_softmax left: logits or exponentials.
-  __device__ void see_scores(TeamKeys<Team>& keys, float (&x)[Team::count], unsigned candidates, unsigned nan,
+  __device__ void see_scores(TeamSlots<Team>& slots, float (&x)[Team::count], unsigned candidates, unsigned nan,
                              const RowSoftmax<float>& row, bool live) {
     if constexpr (elementwise) {
       if (g.score == Score::sigmoid)
@@ -77,7 +109,7 @@ struct TeamGate {
     if constexpr (!elementwise)
 #pragma unroll
       for (int m = 0; m < Team::count; ++m) x[m] = x[m] / row.sum;
-    fill_keys(keys, x, candidates);
+    choose(slots, x, candidates, live);
   }
 
   __device__ void weigh(const TeamSlots<Team>& slots, int64_t t, bool live, const RowSoftmax<float>& row,
@@ -91,10 +123,14 @@ struct TeamGate {
 #pragma unroll
     for (int r = 0; r < Team::run; ++r) w[r] = has(r) ? load_logit(g, call.in.logits, t, slots.id[r]) : kLowest<float>;
     if (g.score == Score::softmax_topk)
-      slots_softmax<Team::lanes>(has, w);
+      slots_softmax<Team::lanes>(int(g.k), has, w);
     else
 #pragma unroll
       for (int r = 0; r < Team::run; ++r) {
+        if (Team::lanes * r >= int(g.k)) {
+          w[r] = 0;
+          continue;
+        }
         const float x = score_math::capped(w[r]);
         const float s =
             elementwise ? elementwise_score(g.score, x) : score_math::exp_nonpositive(x - row.max) / row.sum;
@@ -103,7 +139,8 @@ struct TeamGate {
     if (g.renormalize && g.score != Score::softmax_topk) {
       const float sum = sum_slots<Team::lanes>([&](int r) { return w[r]; });
 #pragma unroll
-      for (int r = 0; r < Team::run; ++r) w[r] = sum > 0.0f ? w[r] / sum : 0.0f;
+      for (int r = 0; r < Team::run; ++r)
+        if (Team::lanes * r < int(g.k)) w[r] = sum > 0.0f ? w[r] / sum : 0.0f;
     }
 #pragma unroll
     for (int r = 0; r < Team::run; ++r) w[r] *= float(g.scale);
@@ -128,11 +165,13 @@ struct TeamGate {
   __device__ void run(int64_t t) {
     const bool live = t < g.rows && (!call.in.mask || call.in.mask[t]);
     float x[Team::count];
-    TeamKeys<Team> keys;
-    keys.key = shared.keys;
+    TeamSlots<Team> slots;
+#pragma unroll
+    for (int r = 0; r < Team::run; ++r) slots.id[r] = -1;
+    if (g.forced_slots > 0) slots.load_forced(g, call.in.forced, t, live, team, call.errors);
     unsigned candidates = kAllLanes;
     const auto see_raw = [&](const float (&logits)[Team::count]) {
-      if (raw) return fill_keys(keys, logits, candidates);
+      if (raw) return choose(slots, logits, candidates, live);
       candidates = 0;
 #pragma unroll
       for (int m = 0; m < Team::count; ++m) candidates |= unsigned(logits[m] > kLowest<float>) << m;
@@ -145,12 +184,7 @@ struct TeamGate {
     } else {
       nan = read_softmax(g, call.in.logits, t, live, call.packed, team, see_raw, x, x, row);
     }
-    see_scores(keys, x, candidates, nan, row, live);
-    TeamSlots<Team> slots;
-#pragma unroll
-    for (int r = 0; r < Team::run; ++r) slots.id[r] = -1;
-    if (g.forced_slots > 0) slots.load_forced(g, call.in.forced, t, live, team, call.errors);
-    slots.choose(g, team, keys);
+    see_scores(slots, x, candidates, nan, row, live);
     float w[Team::run];
     weigh(slots, t, live, row, w);
     write(slots, w, t, live);

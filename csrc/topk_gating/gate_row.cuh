@@ -56,6 +56,13 @@ __device__ float team_max(float v) {
 }
 
 template <int L>
+__device__ unsigned team_max(unsigned v) {
+#pragma unroll
+  for (int d = L / 2; d > 0; d /= 2) v = max(v, __shfl_xor_sync(kAllLanes, v, d));
+  return v;
+}
+
+template <int L>
 __device__ int team_min(int v) {
 #pragma unroll
   for (int d = L / 2; d > 0; d /= 2) v = min(v, __shfl_xor_sync(kAllLanes, v, d));
@@ -270,7 +277,8 @@ __device__ unsigned read_softmax(const GatingProblem& g, const void* logits, int
     for (int m = 0; m < Team::count; ++m) {
       const float below = x[m] - row.max, exp = score_math::exp_nonpositive(below);
       sums[m % Team::run] += exp;
-      dots[m % Team::run] += exp > 0.0f ? exp * below : 0.0f;
+      // Where exp is 0 this adds -0, which changes no sum that began at +0.
+      dots[m % Team::run] += exp * score_math::above_cutoff(below);
       e[m] = exp;
     }
     row.sum = fold_experts<Team::lanes>(sums);
@@ -282,9 +290,10 @@ __device__ unsigned read_softmax(const GatingProblem& g, const void* logits, int
   return nan;
 }
 
-/// The softmax over a team's slots, of which the lane has s = lane + L r for r < run where has(r): x to probabilities.
+/// The softmax over a team's k slots, of which the lane has s = lane + L r for r < run where has(r): x to
+/// probabilities. With few slots most r are nobody's, and their exponentials are not computed.
 template <int L, class Has>
-__device__ void slots_softmax(Has has, float (&x)[kLanes / L]) {
+__device__ void slots_softmax(int k, Has has, float (&x)[kLanes / L]) {
   constexpr int run = kLanes / L;
   float max = kLowest<float>;
 #pragma unroll
@@ -296,11 +305,12 @@ __device__ void slots_softmax(Has has, float (&x)[kLanes / L]) {
 #pragma unroll
   for (int r = 0; r < run; ++r) {
     const float v = has(r) && x[r] == x[r] ? x[r] : kLowest<float>;
-    x[r] = score_math::exp_nonpositive(score_math::capped(v) - max);
+    x[r] = L * r < k ? score_math::exp_nonpositive(score_math::capped(v) - max) : 0.0f;
   }
   const float sum = sum_slots<L>([&](int r) { return x[r]; });
 #pragma unroll
-  for (int r = 0; r < run; ++r) x[r] = none ? 0.0f : x[r] / sum;
+  for (int r = 0; r < run; ++r)
+    if (L * r < k) x[r] = none ? 0.0f : x[r] / sum;
 }
 
 }  // namespace

@@ -14,14 +14,14 @@ struct TeamKeys {
   float* key;  ///< of the warp: [chunk][lane][4]
   float top[Team::chunks];
 
-  /// key_of(m) for all entries of the lane; those whose bit in `kept` is 0 must not be chosen. kept_bit(m) names it.
-  template <class KeyOf, class Kept>
-  __device__ void fill(const Team& team, KeyOf key_of, Kept kept) {
+  /// The keys of the lane's entries; those for which kept(m) does not hold must not be chosen.
+  template <class Kept>
+  __device__ void fill(const Team& team, const float (&keys)[Team::count], Kept kept) {
 #pragma unroll
     for (int n = 0; n < Team::chunks; ++n) {
       float v[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) v[i] = kept(4 * n + i) ? key_of(4 * n + i) : kNaN<float>;
+      for (int i = 0; i < 4; ++i) v[i] = kept(4 * n + i) ? keys[4 * n + i] : kNaN<float>;
       *reinterpret_cast<float4*>(key + team.place(team.lane, 4 * n)) = make_float4(v[0], v[1], v[2], v[3]);
       top[n] = fmaxf(fmaxf(v[0], v[1]), fmaxf(v[2], v[3]));
     }
@@ -60,8 +60,8 @@ struct TeamKeys {
 
 /// Group-limited selection (DeepSeek-V3, arXiv:2412.19437, section 2.1.2) where a group is some blocks of 32 experts:
 /// a bit for each of the best `topk_groups` groups. A group's value is the sum of its best one or two candidates.
-template <class Team, class KeyOf>
-__device__ unsigned kept_groups(const GatingProblem& g, const Team& team, KeyOf key_of) {
+template <class Team>
+__device__ unsigned kept_groups(const GatingProblem& g, const Team& team, const float (&keys)[Team::count]) {
   const int groups = int(g.num_groups), size = int(g.experts) / groups / kLanes;  // in blocks
   float own = kLowest<float>, first = kLowest<float>, second = kLowest<float>;
   int group = 0, left = size;
@@ -69,7 +69,7 @@ __device__ unsigned kept_groups(const GatingProblem& g, const Team& team, KeyOf 
   for (int b = 0; b < Team::blocks; ++b) {
 #pragma unroll
     for (int c = 0; c < Team::run; ++c) {
-      const float v = key_of(b * Team::run + c);
+      const float v = keys[b * Team::run + c];
       second = fmaxf(second, fminf(first, v));
       first = fmaxf(first, v);
     }
@@ -124,7 +124,10 @@ struct TeamSlots {
   __device__ int at(int s) const {
     int mine = id[0];
 #pragma unroll
-    for (int r = 1; r < Team::run; ++r) mine = s / Team::lanes == r ? id[r] : mine;
+    for (int r = 1; r < Team::run; ++r) {
+      const int other = id[r];  // read in any case: a choice between reads puts the array into memory
+      mine = s / Team::lanes == r ? other : mine;
+    }
     return __shfl_sync(kAllLanes, mine, s % Team::lanes, Team::lanes);
   }
   __device__ void put(const Team& team, int s, int expert) {
@@ -168,12 +171,69 @@ struct TeamSlots {
       if (v >= 0 && Team::owner(v) == team.lane) keys.remove(team, Team::entry(v));
     }
     const unsigned open = free(team);
+#pragma unroll 1
     for (int s = 0; s < int(g.k); ++s) {
       const bool take = open >> s & 1u;
       if (!__any_sync(kAllLanes, take)) continue;
       const int expert = keys.next(team, take);
       if (take) put(team, s, expert);
     }
+  }
+};
+
+/// The keys of a team as integers of which no two are equal: a key's upper bits, in its order, then the expert, lowest
+/// last. To choose by them takes a quarter of the instructions, and no memory. Where two keys that differ share the
+/// upper bits, and an order between them matters, they cannot tell.
+template <class Team>
+struct ShortKeys {
+  static constexpr unsigned ids = Team::span - 1;
+  unsigned key[Team::count];
+
+  /// Of keys that are not NaN; kept(m), unless `all`: whether the lane's entry m may be chosen.
+  template <class Kept>
+  __device__ ShortKeys(const Team& team, const float (&keys)[Team::count], bool all, Kept kept) {
+#pragma unroll
+    for (int m = 0; m < Team::count; ++m) {
+      const int bits = __float_as_int(keys[m] + 0.0f);  // -0 is made +0
+      const unsigned ordered = unsigned(bits ^ (bits >> 31 | INT_MIN));
+      key[m] = (ordered & ~ids) | (ids - unsigned(team.expert(m)));
+    }
+    if (all) return;
+#pragma unroll
+    for (int m = 0; m < Team::count; ++m) key[m] = kept(m) ? key[m] : 0;
+  }
+
+  /// The best expert of every team after `last`, all of them as keys.
+  __device__ unsigned next(unsigned last) const {
+    // Minus `last`, modulo 2^32, those below it exceed all others: nothing has to be taken out.
+    unsigned best[2] = {0 - last, 0 - last};  // two chains, each half as long
+#pragma unroll
+    for (int m = 0; m < Team::count; ++m) best[m % 2] = add_max(key[m], 0 - last, best[m % 2]);
+    return team_max<Team::lanes>(max(best[0], best[1]) + last);
+  }
+
+  /// Fills k slots, by way of `chosen`: the warp's memory for 32 slots per team. False if the keys cannot tell, of
+  /// which nothing is known where `all_tell` (the lower bits are alike) or, in one team, where the row is not live.
+  __device__ bool choose(int k, bool all_tell, bool live, const Team& team, int* chosen, int (&id)[Team::run]) const {
+    int* const own = chosen + team.index * kTeamSlots;
+    unsigned last = 0, nearest = UINT_MAX;
+#pragma unroll 1
+    for (int s = 0; s < k; ++s) {
+      const unsigned best = next(last);
+      if (team.lane == 0) own[s] = int(ids - (best & ids));
+      nearest = min(nearest, best ^ last);
+      last = best;
+    }
+    if (!all_tell) {
+      nearest = min(nearest, next(last) ^ last);
+      if (__any_sync(kAllLanes, live && nearest <= ids)) return false;
+    }
+    __syncwarp();
+#pragma unroll
+    for (int r = 0; r < Team::run; ++r)
+      if (TeamSlots<Team>::slot(team, r) < k) id[r] = own[TeamSlots<Team>::slot(team, r)];
+    __syncwarp();
+    return true;
   }
 };
 

@@ -26,43 +26,57 @@ struct BlockSums {
   __device__ int32_t* count(int block) const { return counts + int64_t(block) * experts; }
 };
 
-// Sums 32 columns of n rows, one per lane, in row_sum's order: warp w adds rows w, w + 32, ..., then halves are added.
-template <class Number, class At>
-__device__ Number column_sum(int n, Number (*partial)[kLanes + 1], bool inside, At at) {
+/// What a lane adds up of one column of the blocks' sums.
+template <class A>
+struct ColumnSums {
+  A score, weight;
+  int32_t count;
+};
+
+// The sum over the warps of a block of what each has of 32 columns, one per lane; warp w gets that of column w. Warp w
+// adds rows w, w + 32, ..., so all is in row_sum's order.
+template <class Number>
+__device__ Number column_sum(Number mine, Number (*partial)[kLanes + 1]) {
   const int lane = int(threadIdx.x) % kLanes, warp = int(threadIdx.x) / kLanes;
-  Number sum = 0;
-#pragma unroll 8
-  for (int i = warp; i < n; i += kLanes)
-    if (inside) sum += at(i);
-  partial[lane][warp] = sum;
+  partial[lane][warp] = mine;
   __syncthreads();
-  // Turned over: warp w has column w, and the rows' sums are in its lanes.
   Number total = partial[warp][lane];
 #pragma unroll
   for (int d = kLanes / 2; d > 0; d /= 2) total += __shfl_xor_sync(kAllLanes, total, d);
-  __syncthreads();
   return total;
 }
 
-/// One block of 32 warps per 32 experts; the first also adds up the two scalars.
+/// One block of 32 warps per 32 experts, and a last one for the two scalars.
 template <class A>
 __global__ void __launch_bounds__(1024) sums_kernel(BlockSums<A> from, int blocks, GatingOutputs out) {
-  CU_SHARED(A, partial, [kLanes][kLanes + 1]);
-  CU_SHARED(int32_t, counted, [kLanes][kLanes + 1]);
+  CU_SHARED(A, scores, [kLanes][kLanes + 1]);
+  CU_SHARED(A, weights, [kLanes][kLanes + 1]);
+  CU_SHARED(int32_t, counts, [kLanes][kLanes + 1]);
   const int lane = int(threadIdx.x) % kLanes, warp = int(threadIdx.x) / kLanes, first = int(blockIdx.x) * kLanes;
+  if (first >= from.experts) {
+    A scalar = 0;
+    for (int b = warp; b < blocks; b += kLanes)
+      if (lane < 2) scalar += from.scalar(b)[lane];
+    scalar = column_sum(scalar, scores);
+    if (lane == 0 && warp < 2) *static_cast<A*>(warp == 0 ? out.logsumexp_sq : out.entropy_sum) = scalar;
+    return;
+  }
   const int column = first + lane, expert = first + warp;
-  const bool inside = column < from.experts, writes = lane == 0 && expert < from.experts;
-  const A score = column_sum<A>(blocks, partial, inside, [&](int b) { return from.score(b)[column]; });
-  const A weight = column_sum<A>(blocks, partial, inside, [&](int b) { return from.weight(b)[column]; });
-  const int32_t count = column_sum<int32_t>(blocks, counted, inside, [&](int b) { return from.count(b)[column]; });
-  if (writes) {
+  ColumnSums<A> sum{};
+  // Unrolled, so that the loads of several rows are on their way together.
+#pragma unroll 4
+  for (int b = warp; b < blocks && column < from.experts; b += kLanes) {
+    sum.score += from.score(b)[column];
+    sum.weight += from.weight(b)[column];
+    sum.count += from.count(b)[column];
+  }
+  const A score = column_sum(sum.score, scores), weight = column_sum(sum.weight, weights);
+  const int32_t count = column_sum(sum.count, counts);
+  if (lane == 0 && expert < from.experts) {
     static_cast<A*>(out.score_sum)[expert] = score;
     static_cast<A*>(out.weight_sum)[expert] = weight;
     out.counts[expert] = count;
   }
-  if (blockIdx.x > 0) return;
-  const A scalar = column_sum<A>(blocks, partial, lane < 2, [&](int b) { return from.scalar(b)[lane]; });
-  if (lane == 0 && warp < 2) *static_cast<A*>(warp == 0 ? out.logsumexp_sq : out.entropy_sum) = scalar;
 }
 
 }  // namespace

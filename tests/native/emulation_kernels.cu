@@ -282,6 +282,12 @@ __global__ void undefined_shuffle(int* out) {
   if (threadIdx.x < 16) out[threadIdx.x] = __shfl_sync(0xffffu, int(threadIdx.x), 20);
 }
 
+__global__ void much_static(int* out) {
+  CU_SHARED(int, fixed, [4097]);
+  fixed[threadIdx.x] = 1;
+  out[threadIdx.x] = fixed[threadIdx.x];
+}
+
 __global__ void trap(int*) {
   if (threadIdx.x == 33) __trap();
 }
@@ -388,6 +394,7 @@ const std::map<std::string, std::function<void()>> wrong_cases = {
     {"too_many_threads", case_of(trap, 1, 1025, 1)},
     {"no_blocks", case_of(trap, 0, 32, 1)},
     {"too_much_shared", case_of(trap, 1, 32, 1, 228 * 1024)},
+    {"much_static", case_of(much_static, 1, 32, 32, 4)},
     {"shared_at_first",
      [] {
        Array<unsigned> out(8);

@@ -234,6 +234,7 @@ def test_threads_may_leave_before_others_wait_where_that_is_allowed() -> None:
         ("too_many_threads", "kernel launch: invalid configuration$"),
         ("no_blocks", "kernel launch: invalid configuration$"),
         ("too_much_shared", "kernel launch: more than 227 KiB of dynamic shared memory$"),
+        ("much_static", r".*: more than 16 KiB of static arrays beside dynamic shared memory"),
     ],
 )
 def test_errors_of_launches(case: str, message: str) -> None:

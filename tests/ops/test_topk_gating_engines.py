@@ -151,6 +151,33 @@ def test_an_unaligned_view(options: dict[str, Any]) -> None:
         compare(x, 8, options, 3)
 
 
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("E", [65, 96, 100, 128, 160, 255, 256])
+def test_many_rows_share_their_warps(E: int, score: str) -> None:
+    """With few rows each has a warp, and no call above gets to the kernels for more of them."""
+    r, g = random.Random(E), torch.Generator().manual_seed(E)
+    x = logits(1030, E, r, g)
+    compare(x, 8, options(x, 8, r, g) | {"score": score}, 4)
+
+
+@pytest.mark.parametrize("T", [9, 1030])
+@pytest.mark.parametrize("E", [5, 64, 128, 256, 1000])
+def test_keys_that_differ_in_their_last_bits(E: int, T: int) -> None:
+    """Kernels choose by the keys' upper bits as long as those tell; here only the last do, or only for some slots."""
+    if E == 1000 and T > 9:
+        pytest.skip("no other kernel than with few rows")
+    g = torch.Generator().manual_seed(E)
+    order = torch.rand(T, E, generator=g).argsort(1).int()
+    for value in (1.0, -3.0, 1e-30):
+        k = min(E, 8)
+        near = (torch.full((T, E), value).view(torch.int32) + order).view(torch.float32)
+        two = torch.where(order < E - k - 1, -1e3, near)
+        # Of the last, only the choice of the last slot hangs on them.
+        for x in (near, torch.where(order % 8 == 0, value, near), torch.where(order > E - k, 1e2 + order, two)):
+            compare(x, k, {}, 5)
+            compare(x, k, {"score": "sigmoid", "selection_bias": torch.zeros(E)}, 6)
+
+
 # ---- what kernels cannot throw ---------------------------------------------------------------------------------------
 
 X = torch.randn(3, 6, generator=torch.Generator().manual_seed(2))
