@@ -208,11 +208,15 @@ __device__ void add_dot(const Word<T, N>& a, const Word<T, N>& b, sum_t<T>& dot)
   for (int i = 0; i < N; ++i) dot += Sum<T>::load(a.item[i]) * Sum<T>::load(b.item[i]);
 }
 
-// The words of kSlots rows, all on their way before the first is used; zeros for slots without a row.
+// The words of kSlots rows, all on their way before the first is used; zeros for slots without a row. Addresses are
+// computed as numbers: that of a row which is not there is no place in the array.
 template <class W>
 __device__ void load_words(const W* rows, const int32_t (&row)[kSlots], int64_t words, int64_t c, W (&word)[kSlots]) {
 #pragma unroll
-  for (int j = 0; j < kSlots; ++j) word[j] = load_if(row[j] >= 0, rows + row[j] * words + c);
+  for (int j = 0; j < kSlots; ++j) {
+    const auto at = reinterpret_cast<uintptr_t>(rows) + uintptr_t(row[j] * words + c) * sizeof(W);
+    word[j] = load_if(row[j] >= 0, reinterpret_cast<const W*>(at));
+  }
 }
 
 // Adds up what the team's threads have of the dots of kSlots slots, and writes them. For a whole block.
