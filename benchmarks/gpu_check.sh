@@ -15,7 +15,8 @@ step() {  # step NAME SECONDS COMMAND...: runs it, keeps the log, notes a failur
   echo "== $name"
   if timeout "$seconds" "$@" > "$OUT/$name.log" 2>&1; then tail -n 3 "$OUT/$name.log"; else failed=1; tail -n 40 "$OUT/$name.log"; fi
 }
-on_cuda=(python3 -m pytest tests -k "cuda and not emulated" -m "not slow" -q -p no:cacheprovider)
+on_cuda=(python3 -m pytest tests/ops tests/native tests/test_cuda.py -k "(cuda or nvtx) and not emulated" -m "not slow"
+  -q -p no:cacheprovider)
 
 site=$(mktemp -d)
 step build 150 env CMAKE_ARGS="-DMOEYARD_CUDA=ON" python3 -m pip install -q --no-build-isolation --no-deps --target "$site" .

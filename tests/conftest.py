@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+import emulation
 import engines
 from ops import contract
 
@@ -28,6 +30,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Builds the emulation before the first test's time runs; a test that needs it tells of what goes wrong."""
+    wanted = any("emulated" in item.name for item in session.items)
+    if wanted and not session.config.option.collectonly:
+        with suppress(pytest.fail.Exception, pytest.skip.Exception):
+            emulation.build(emulation.FLAVOUR)
 
 
 @pytest.hookimpl(wrapper=True)

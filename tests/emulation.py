@@ -32,6 +32,7 @@ from moeyard import _native
 from moeyard.ops import _device_errors, _register
 
 ROOT = Path(__file__).resolve().parents[1]
+SOURCES = Path(os.environ.get("MOEYARD_EMULATION_ROOT", ROOT))
 FLAVOURS = {
     "plain": [],
     "preempt": ["-DMOEYARD_EMULATION_PREEMPT=ON"],
@@ -67,7 +68,7 @@ def only_process(lock: Path) -> Iterator[None]:
         yield
 
 
-def build(flavour: str, target: str = "_cuda", root: Path = ROOT) -> Path:
+def build(flavour: str, target: str = "_cuda", root: Path = SOURCES) -> Path:
     """The folder with the built `target`: the module _cuda, or the program emulation_kernels. It is built again where
     sources are newer, and an error shows the compiler's output."""
     room = root / "build" / f"emulation-{flavour}"
@@ -126,8 +127,7 @@ def under_sanitizer(flavour: str) -> tuple[list[str], dict[str, str]]:
 
 @cache
 def module(flavour: str = FLAVOUR) -> ModuleType:
-    root = Path(os.environ.get("MOEYARD_EMULATION_ROOT", ROOT))
-    path = build(flavour, root=root) / f"_cuda{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+    path = build(flavour) / f"_cuda{importlib.machinery.EXTENSION_SUFFIXES[0]}"
     spec = importlib.util.spec_from_file_location("_cuda", path)
     assert spec is not None
     assert spec.loader is not None

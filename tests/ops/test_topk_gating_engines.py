@@ -107,6 +107,7 @@ def calls(draw: st.DrawFn) -> tuple[Tensor, int, dict[str, Any], int]:
     return x, k, options(x, k, r, g), seed
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", ["emulated", "cuda"])
 @settings(max_examples=examples(1000))
 @given(call=calls())
