@@ -15,8 +15,10 @@ step() {  # step NAME SECONDS COMMAND...: runs it, keeps the log, notes a failur
   echo "== $name"
   if timeout "$seconds" "$@" > "$OUT/$name.log" 2>&1; then tail -n 3 "$OUT/$name.log"; else failed=1; tail -n 40 "$OUT/$name.log"; fi
 }
-on_cuda=(python3 -m pytest tests/ops tests/native tests/test_cuda.py -k "(cuda or nvtx) and not emulated" -m "not slow"
-  -q -p no:cacheprovider)
+# Files that run on CUDA; the others want libraries that such a machine may lack.
+mapfile -t files < <(grep -lE 'usefixtures\("engine"\)|"cuda"' tests/ops/test_*.py)
+on_cuda=(python3 -m pytest "${files[@]}" tests/test_cuda.py tests/native/test_nvtx.py -k "(cuda or nvtx) and not emulated"
+  -m "not slow" -q -p no:cacheprovider)
 
 site=$(mktemp -d)
 step build 150 env CMAKE_ARGS="-DMOEYARD_CUDA=ON" python3 -m pip install -q --no-build-isolation --no-deps --target "$site" .
