@@ -103,7 +103,8 @@ def topk_gating(
 
     Raises:
         TypeError, ValueError: wrong types, dtypes, shapes, devices or options; a NaN in `selection_bias`; an id outside
-            [-1, E) or a repeated one in `forced_experts` (rows with mask False are not looked at).
+            [-1, E) or a repeated one in `forced_experts` (rows with mask False are not looked at). On a GPU such an id
+            counts as -1 and a NaN as -inf, and `check_device_errors` tells of it.
 
     Determinism: bit-identical over runs, threads and SIMD levels; CPU and CUDA give the same integers. Without bias and
     groups the choice is made on the raw logits (all scores are monotone), otherwise on scores that both devices compute
