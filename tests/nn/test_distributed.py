@@ -96,6 +96,7 @@ def worker(rank: int, folder: str, run: Callable[[int], dict[str, Tensor]]) -> N
     try:
         result = run(rank)
         torch.save({name: value.clone() for name, value in result.items()}, f"{folder}/{rank}.pt")
+        dist.barrier()  # a rank that leaves early can take the other's threads down with it
     finally:
         dist.destroy_process_group()
 
