@@ -12,9 +12,9 @@ NATIVE_SOURCES = $$(git ls-files 'csrc/*.cpp' 'csrc/*.hpp' 'csrc/*.cu' 'csrc/*.c
 help:
 	@echo "make demo       train a small MoE structure encoder on embedded molecules (about 2 minutes)"
 	@echo "make test       the test suite (up to 15 minutes)"
-	@echo "make test-full  also the slow kinds"
+	@echo "make test-full  also the slow kinds, such as mutants of the CUDA kernels"
 	@echo "make test-simd  the op tests on the SIMD levels below this machine's best (make test runs the best)"
-	@echo "make test-cuda  the CUDA kernels on this CPU: 12,000 cases beside the CPU's, sanitizers, mutants"
+	@echo "make test-cuda  the CUDA kernels on this CPU: 12,000 cases beside the CPU's, then sanitizers"
 	@echo "make sanitize   op tests and 100,000 hostile calls under AddressSanitizer and UBSan; ThreadSanitizer (Linux, gcc)"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make bench      every op and the MoE layer beside peers, into benchmarks/results and the README (20 minutes)"
@@ -41,7 +41,6 @@ test-simd: $(VENV)/test.stamp
 test-cuda: $(VENV)/test.stamp
 	MOEYARD_EXAMPLES=10 $(BIN)/python -m pytest tests/ops/test_*_engines.py -k "agree or any_call" -n 2 --timeout 1200
 	bash .ci/sanitize $(abspath $(BIN)/python) emulation
-	$(BIN)/python -m pytest tests/test_mutants.py
 
 sanitize: $(VENV)/test.stamp
 	bash .ci/sanitize $(abspath $(BIN)/python)
