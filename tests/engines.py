@@ -36,6 +36,20 @@ def examples(n: int) -> int:
     return max(1, round(n * _SHARE))
 
 
+def has_gpu() -> bool:
+    return torch.cuda.is_available() and _native.cuda_built
+
+
+@contextmanager
+def no_synchronisation() -> Iterator[None]:
+    """On a GPU: what makes the host wait for the device is an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 class _On(TorchFunctionMode):
     """Tensors that a test makes without a device come to life on the CPU, generators included, and go to `device`."""
 
@@ -68,7 +82,7 @@ class Engine:
     @contextmanager
     def run(self, name: str, seed: int = 0) -> Iterator[None]:
         """All inside runs there; `seed` is the emulation's schedule."""
-        if name == "cuda" and not (torch.cuda.is_available() and _native.cuda_built):
+        if name == "cuda" and not has_gpu():
             pytest.skip(NO_GPU)
         self.name = name
         try:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engines import no_synchronisation
 from ops.compare import assert_equal
 
 if TYPE_CHECKING:
@@ -67,11 +68,8 @@ class CudaContract:
     @on_a_gpu
     def test_no_hidden_synchronisation(self: OpContract) -> None:
         step = self.step()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_synchronisation():
             step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
     @on_a_gpu
     def test_graph(self: OpContract) -> None:

@@ -17,11 +17,8 @@ import moeyard
 from emulation import emulated
 from engines import SCHEDULES, engine, examples, place
 from ops.compare import assert_equal
+from ops.test_topk_gating_oracles import DTYPES, FLOATS, INF, NAN, SCORES, random_mask_and_forced
 
-INF, NAN = float("inf"), float("nan")
-SCORES = ("softmax", "softmax_topk", "sigmoid", "sqrtsoftplus")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-FLOATS = ("weights", "score_sum", "weight_sum", "logsumexp_sq", "entropy_sum")
 #: Around the sizes of teams (32 to 1024 experts in powers of two), of packets, and of rows that take a block.
 EXPERTS = (1, 2, 3, 4, 5, 8, 16, 31, 32, 33, 60, 64, 96, 100, 128, 160, 255, 256, 257, 384, 512, 1000, 1024, 1025)
 #: Rounding of a sum over rows, whose order differs; gradients differ only by what they are rounded to.
@@ -53,14 +50,7 @@ def options(x: Tensor, k: int, r: random.Random, g: torch.Generator) -> dict[str
         groups = r.choice(blocks * 20 + [n for n in range(1, E + 1) if E % n == 0])
         kept, best = r.randint(-(-k * groups // E), groups), min(E // groups, r.choice([1, 2, 2, 3]))
         made |= {"num_groups": groups, "topk_groups": kept, "group_score_experts": best}
-    if r.random() < 0.4:
-        made["mask"] = torch.rand(T, generator=g) < 0.7
-    if r.random() < 0.4:
-        ids = torch.rand(T, E, generator=g).argsort(1)[:, :k]
-        ids = torch.where(torch.rand(T, k, generator=g) < 0.5, ids, -1)
-        made["forced_experts"] = (ids if r.random() < 0.6 else ids[:, 0]).to(r.choice([torch.int32, torch.int64]))
-        made["forced_weights"] = r.choice(["score", "one"])
-    return made
+    return made | random_mask_and_forced(T, E, k, r, g)
 
 
 def gradient(out: moeyard.Gating, x: Tensor, seed: int) -> Tensor | None:

@@ -47,14 +47,20 @@ def random_case(seed: int) -> dict[str, Any]:
         groups = r.choice([n for n in range(1, E + 1) if E % n == 0])
         kept, best = r.randint(-(-k * groups // E), groups), r.randint(1, E // groups)
         case |= {"num_groups": groups, "topk_groups": kept, "group_score_experts": best}
+    return case | random_mask_and_forced(T, E, k, r, g)
+
+
+def random_mask_and_forced(T: int, E: int, k: int, r: random.Random, g: torch.Generator) -> dict[str, Any]:
+    """Now and then a mask, now and then forced ids, for slot 0 or for all slots."""
+    made: dict[str, Any] = {}
     if r.random() < 0.4:
-        case["mask"] = torch.rand(T, generator=g) < 0.7
+        made["mask"] = torch.rand(T, generator=g) < 0.7
     if r.random() < 0.4:
         ids = torch.rand(T, E, generator=g).argsort(1)[:, :k]
         ids = torch.where(torch.rand(T, k, generator=g) < 0.5, ids, -1)
-        case["forced_experts"] = (ids if r.random() < 0.6 else ids[:, 0]).to(r.choice([torch.int32, torch.int64]))
-        case["forced_weights"] = r.choice(["score", "one"])
-    return case
+        made["forced_experts"] = (ids if r.random() < 0.6 else ids[:, 0]).to(r.choice([torch.int32, torch.int64]))
+        made["forced_weights"] = r.choice(["score", "one"])
+    return made
 
 
 def loss(out: moeyard.Gating) -> Tensor:
