@@ -4,9 +4,9 @@
 
 #include <array>
 #include <tuple>
-#include <utility>
 
 #include "bind_direct.hpp"
+#include "bind_views.hpp"
 #include "common/simd.hpp"
 #include "expert_ffn/expert_ffn.hpp"
 #include "identity/identity.hpp"
@@ -17,23 +17,7 @@
 
 namespace py = pybind11;
 using namespace pybind11::literals;
-using Address = std::uintptr_t;
-using NoGil = py::call_guard<py::gil_scoped_release>;
-
-namespace {
-template <class T = void>
-T* at(Address a) {
-  return reinterpret_cast<T*>(a);
-}
-
-using Ints = std::pair<Address, bool>;                                     // address, int64 (else int32)
-using PlanArgs = std::tuple<Address, Address, int64_t, int64_t, int64_t>;  // the fields of moeyard::Plan
-moeyard::IntView view(Ints a) { return {at(a.first), a.second}; }
-moeyard::Plan view(const PlanArgs& p) {
-  const auto [row_of_slot, slot_of_row, tokens, k, rows] = p;
-  return {at<int32_t>(row_of_slot), at<int32_t>(slot_of_row), tokens, k, rows};
-}
-}  // namespace
+using namespace moeyard::binding;
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of moeyard on raw addresses; use moeyard.ops instead.";

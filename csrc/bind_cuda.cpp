@@ -4,9 +4,8 @@
 #include <pybind11/stl.h>
 
 #include <array>
-#include <tuple>
-#include <utility>
 
+#include "bind_views.hpp"
 #include "common/device_errors.hpp"
 #include "identity/identity.hpp"
 #include "permute_tokens/permute_tokens.hpp"
@@ -14,22 +13,7 @@
 
 namespace py = pybind11;
 using namespace pybind11::literals;
-using Address = std::uintptr_t;
-using NoGil = py::call_guard<py::gil_scoped_release>;
-
-namespace {
-template <class T = void>
-T* at(Address a) {
-  return reinterpret_cast<T*>(a);
-}
-
-using Ints = std::pair<Address, bool>;                                     // address, int64 (else int32)
-using PlanArgs = std::tuple<Address, Address, int64_t, int64_t, int64_t>;  // the fields of moeyard::Plan
-moeyard::Plan view(const PlanArgs& p) {
-  const auto [row_of_slot, slot_of_row, tokens, k, rows] = p;
-  return {at<int32_t>(row_of_slot), at<int32_t>(slot_of_row), tokens, k, rows};
-}
-}  // namespace
+using namespace moeyard::binding;
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of moeyard on raw addresses; use moeyard.ops instead.";
@@ -48,15 +32,8 @@ PYBIND11_MODULE(_cuda, m) {
   py::class_<moeyard::PlanRequest>(m, "PlanRequest", py::module_local())
       .def(py::init([](Ints experts, int64_t tokens, int64_t k, int64_t num_experts, int64_t capacity, int64_t align,
                        int64_t rows, Address weights, bool wide_weights) {
-             return moeyard::PlanRequest{{at(experts.first), experts.second},
-                                         tokens,
-                                         k,
-                                         num_experts,
-                                         capacity,
-                                         align,
-                                         rows,
-                                         at(weights),
-                                         wide_weights};
+             return moeyard::PlanRequest{view(experts), tokens, k,           num_experts, capacity,
+                                         align,         rows,   at(weights), wide_weights};
            }),
            "experts"_a, "tokens"_a, "k"_a, "num_experts"_a, "capacity"_a, "align"_a, "rows"_a, "weights"_a,
            "wide_weights"_a);

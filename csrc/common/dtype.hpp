@@ -3,6 +3,7 @@
 #pragma once
 #include <bit>
 #include <cstdint>
+#include <type_traits>
 
 #include "common/check.hpp"
 
@@ -58,6 +59,10 @@ struct Accumulator<double> {
 };
 template <class T>
 using acc_t = typename Accumulator<T>::type;
+
+/// The type of a sum of elements: acc_t, and for integers the unsigned one, which wraps instead of being undefined.
+template <class T>
+using sum_t = typename std::conditional_t<std::is_integral_v<T>, std::make_unsigned<T>, Accumulator<T>>::type;
 
 /// Rounds to nearest, ties to even, as torch does.
 template <class T>

@@ -88,27 +88,21 @@ __device__ void store(W* to, const W& word) {
     *reinterpret_cast<B*>(to) = bits;
 }
 
-// Integers are summed as unsigned, which wraps around instead of being undefined.
 template <class T>
-struct Sum {
-  using type = acc_t<T>;
-  static __device__ type load(T v) { return widen(v); }
-  static __device__ T store(type v) { return narrow<T>(v); }
-};
-template <>
-struct Sum<int32_t> {
-  using type = uint32_t;
-  static __device__ type load(int32_t v) { return uint32_t(v); }
-  static __device__ int32_t store(type v) { return int32_t(v); }
-};
-template <>
-struct Sum<int64_t> {
-  using type = uint64_t;
-  static __device__ type load(int64_t v) { return uint64_t(v); }
-  static __device__ int64_t store(type v) { return int64_t(v); }
-};
+__device__ sum_t<T> to_sum(T v) {
+  if constexpr (std::is_integral_v<T>)
+    return sum_t<T>(v);
+  else
+    return widen(v);
+}
+
 template <class T>
-using sum_t = typename Sum<T>::type;
+__device__ T from_sum(sum_t<T> v) {
+  if constexpr (std::is_integral_v<T>)
+    return T(v);
+  else
+    return narrow<T>(v);
+}
 
 // A plan and how a grid is spread over it.
 struct Move {
@@ -205,7 +199,7 @@ struct Arrays {
 template <class T, int N>
 __device__ void add_dot(const Word<T, N>& a, const Word<T, N>& b, sum_t<T>& dot) {
 #pragma unroll
-  for (int i = 0; i < N; ++i) dot += Sum<T>::load(a.item[i]) * Sum<T>::load(b.item[i]);
+  for (int i = 0; i < N; ++i) dot += to_sum(a.item[i]) * to_sum(b.item[i]);
 }
 
 // The words of kSlots rows, all on their way before the first is used; zeros for slots without a row. Addresses are
@@ -271,7 +265,7 @@ __global__ void __launch_bounds__(kThreads, kDots ? kDotBlocks : kSumBlocks) spr
         if (!a.out || row[j] < 0) continue;
         Word<T, N> scaled;
 #pragma unroll
-        for (int i = 0; i < N; ++i) scaled.item[i] = Sum<T>::store(weight[j] * Sum<T>::load(x.item[i]));
+        for (int i = 0; i < N; ++i) scaled.item[i] = from_sum<T>(weight[j] * to_sum(x.item[i]));
         store(a.out + row[j] * words + c, scaled);
       }
     }
@@ -291,7 +285,7 @@ __device__ void add_words(const Word<T, N> (&word)[kSlots], const sum_t<T> (&wei
   for (int j = 0; j < kSlots; ++j)
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const sum_t<T> term = Sum<T>::load(word[j].item[i]);
+      const sum_t<T> term = to_sum(word[j].item[i]);
       total.item[i] += kWeighted ? weight[j] * term : term;
     }
 }
@@ -300,7 +294,7 @@ template <class T, int N>
 __device__ void store_total(const Total<T, N>& total, Word<T, N>* to) {
   Word<T, N> word;
 #pragma unroll
-  for (int i = 0; i < N; ++i) word.item[i] = Sum<T>::store(total.item[i]);
+  for (int i = 0; i < N; ++i) word.item[i] = from_sum<T>(total.item[i]);
   store(to, word);
 }
 

@@ -15,27 +15,21 @@
 
 namespace moeyard::cpu {
 
-// Integers are summed as unsigned, which wraps around instead of being undefined.
 template <class T>
-struct Sum {
-  using type = acc_t<T>;
-  static MOEYARD_INLINE type load(T v) { return to_float(v); }
-  static MOEYARD_INLINE T store(type v) { return from_float<T>(v); }
-};
-template <>
-struct Sum<int32_t> {
-  using type = uint32_t;
-  static MOEYARD_INLINE type load(int32_t v) { return uint32_t(v); }
-  static MOEYARD_INLINE int32_t store(type v) { return int32_t(v); }
-};
-template <>
-struct Sum<int64_t> {
-  using type = uint64_t;
-  static MOEYARD_INLINE type load(int64_t v) { return uint64_t(v); }
-  static MOEYARD_INLINE int64_t store(type v) { return int64_t(v); }
-};
+MOEYARD_INLINE sum_t<T> to_sum(T v) {
+  if constexpr (std::is_integral_v<T>)
+    return sum_t<T>(v);
+  else
+    return to_float(v);
+}
+
 template <class T>
-using sum_t = typename Sum<T>::type;
+MOEYARD_INLINE T from_sum(sum_t<T> v) {
+  if constexpr (std::is_integral_v<T>)
+    return T(v);
+  else
+    return from_float<T>(v);
+}
 
 // Sixteen running sums and a fixed tree over them: the order depends on n alone.
 template <class T>
@@ -44,8 +38,8 @@ MOEYARD_INLINE sum_t<T> dot(const T* a, const T* b, int64_t n) {
   sum_t<T> lane[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
-    for (int l = 0; l < kLanes; ++l) lane[l] += Sum<T>::load(a[i + l]) * Sum<T>::load(b[i + l]);
-  for (int l = 0; i < n; ++i, ++l) lane[l] += Sum<T>::load(a[i]) * Sum<T>::load(b[i]);
+    for (int l = 0; l < kLanes; ++l) lane[l] += to_sum(a[i + l]) * to_sum(b[i + l]);
+  for (int l = 0; i < n; ++i, ++l) lane[l] += to_sum(a[i]) * to_sum(b[i]);
   for (int half = kLanes / 2; half; half /= 2)
     for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
   return lane[0];
@@ -72,17 +66,17 @@ MOEYARD_INLINE void add_terms(const Term<T>* terms, const sum_t<T>* sum, int64_t
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
     sum_t<T> s = kFirst ? sum_t<T>{} : sum[i];
-    for (int j = 0; j < N; ++j) s += kWeighted ? weight[j] * Sum<T>::load(row[j][i]) : Sum<T>::load(row[j][i]);
+    for (int j = 0; j < N; ++j) s += kWeighted ? weight[j] * to_sum(row[j][i]) : to_sum(row[j][i]);
     if constexpr (std::is_same_v<To, sum_t<T>>)
       to[i] = s;
     else
-      to[i] = Sum<T>::store(s);
+      to[i] = from_sum<T>(s);
   }
 }
 
 template <class T>
 MOEYARD_INLINE void scale_row(const T* from, sum_t<T> weight, int64_t n, T* __restrict to) {
-  for (int64_t i = 0; i < n; ++i) to[i] = Sum<T>::store(weight * Sum<T>::load(from[i]));
+  for (int64_t i = 0; i < n; ++i) to[i] = from_sum<T>(weight * to_sum(from[i]));
 }
 
 // Copies around the caches: the line that is written is not read first, and pushes nothing out. Whole cache lines only,
