@@ -10,6 +10,7 @@ import argparse
 import io
 import json
 import re
+import string
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN = "<!-- benchmarks: made by benchmarks/report.py -->"
 END = "<!-- benchmarks: end -->"
+LETTERS = string.ascii_uppercase  # the machines, in the order of their folders
 EMPTY = "No results are recorded yet: `make bench` measures, fills this section and draws the plot."
 ORDER = ("topk_gating", "permute_tokens", "radius_graph", "pack_batches", "gather_segments", "moe", "identity")
 
@@ -61,15 +63,20 @@ def cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def table(rows: list[dict[str, Any]], notes: bool) -> list[str]:
-    lines = ["| row | moeyard | peer | ratio | target | holds |" + (" note |" if notes else "")]
-    lines.append("|---|---|---|---|---|---|" + ("---|" if notes else ""))
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["| row | moeyard | peer | ratio | target | holds | note |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         peer = "" if row["peer_name"] is None else f"{row['peer_name']}: {number(row['peer'], row['unit'])}"
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f} x"
-        cells = [row["row"], number(row["ours"], row["unit"]), peer, ratio, row["target"] or "", verdict(row)]
-        if notes:
-            cells.append(row["note"])
+        cells = [
+            row["row"],
+            number(row["ours"], row["unit"]),
+            peer,
+            ratio,
+            row["target"] or "",
+            verdict(row),
+            row["note"],
+        ]
         lines.append("| " + " | ".join(cell(text) for text in cells) + " |")
     return lines
 
@@ -101,25 +108,57 @@ def score(files: dict[str, Document]) -> str:
     return text + (f"; {open_} not measured." if open_ else ".")
 
 
+def figures(row: dict[str, Any]) -> str:
+    """Ratio, our time, the peer and its time, and the verdict where it is a loss."""
+    ours = number(row["ours"], row["unit"])
+    text = ours if row["ratio"] is None else f"{row['ratio']:.2f} x: {ours}"
+    if row["peer_name"] is not None:
+        text += f", {row['peer_name']} {number(row['peer'], row['unit'])}"
+    return f"{text} {verdict(row)}" if "**" in verdict(row) else text
+
+
+def side_by_side(machines: list[Document | None]) -> list[str]:
+    """One op's rows with a column per machine; the rows of one name keep their order."""
+    columns: list[dict[tuple[str, int], dict[str, Any]]] = []
+    for document in machines:
+        column: dict[tuple[str, int], dict[str, Any]] = {}
+        for row in document["rows"] if document else []:
+            nth = sum(name == row["row"] for name, _ in column)
+            column[row["row"], nth] = row
+        columns.append(column)
+    lines = ["| row | target | " + " | ".join(LETTERS[: len(columns)]) + " |", "|---" * (2 + len(columns)) + "|"]
+    for key in dict.fromkeys(key for column in columns for key in column):
+        found = [column.get(key) for column in columns]
+        target = next((row["target"] for row in found if row and row["target"]), "")
+        lines.append(
+            "| " + " | ".join(cell(t) for t in [key[0], target, *(figures(r) if r else "" for r in found)]) + " |"
+        )
+    return lines
+
+
 def readme_section(results: Path) -> str:
     """What stands between the markers."""
     found = read(results)
     if not found:
         return EMPTY
     parts = []
-    for name, files in found.items():
+    for letter, (name, files) in zip(LETTERS, found.items(), strict=False):
         folder = f"benchmarks/results/{name}"
-        parts += [f"{heading(files)} {score(files)} Every note: [{folder}]({folder}/README.md).", ""]
+        parts += [f"**{letter}**: {heading(files)} {score(files)} Every note: [{folder}]({folder}/README.md).", ""]
         parts += [f"![Ratio to the peer, row by row, with the targets]({folder}/ratios.png)", ""]
-        for stem, document in files.items():
-            parts += [f"`{stem}`", "", *table(document["rows"], notes=False), ""]
+    parts += [
+        "In the tables: how many times as fast as the peer, our time, the peer and its time, and what is lost.",
+        "",
+    ]
+    for stem in dict.fromkeys(stem for files in found.values() for stem in files):
+        parts += [f"`{stem}`", "", *side_by_side([files.get(stem) for files in found.values()]), ""]
     return "\n".join(parts).rstrip()
 
 
 def machine_page(files: dict[str, Document]) -> str:
     parts = ["# Benchmark results", "", heading(files), "", score(files), "", *PROTOCOL, ""]
     for stem, document in files.items():
-        parts += [f"## {stem}", "", *table(document["rows"], notes=True), ""]
+        parts += [f"## {stem}", "", *table(document["rows"]), ""]
     return "\n".join(parts)
 
 

@@ -453,13 +453,31 @@ class TestReport:
         assert text.endswith("\nafter\n")
         assert "yesterday" not in text
         assert "Some CPU, 2 cores; 2026-01-02; 1 thread unless a row says otherwise; torch 2.0. 1 of 2" in text
-        assert "| gating | 1.5 ms | torch: 30 ms | 20.00 x | >= 10 x | yes |" in text
-        assert r"| permute \| a | 1.5 ms | torch: 30 ms | 0.50 x | >= 1 x | **no** |" in text
+        assert "| gating | >= 10 x | 20.00 x: 1.5 ms, torch 30 ms |" in text
+        assert r"| permute \| a | >= 1 x | 0.50 x: 1.5 ms, torch 30 ms **no** |" in text
         assert "**slower**" in text
         assert "**did not run**" in text
         page = (results / "results" / "some-machine" / "README.md").read_text()
+        assert "| gating | 1.5 ms | torch: 30 ms | 20.00 x | >= 10 x | yes | 7 rounds |" in page
         assert "torch: not installed" in page
         assert (results / "results" / "some-machine" / "ratios.png").stat().st_size < 100_000
+
+    def test_machines_stand_side_by_side(self, results: Path) -> None:
+        pytest.importorskip("matplotlib")
+        other = results / "results" / "z-machine"
+        other.mkdir()
+        document = json.loads((results / "results" / "some-machine" / "topk_gating.json").read_text())
+        document |= {
+            "machine": "Other CPU",
+            "rows": [row(ratio=4.0, holds=False), row(peer_name="jax"), row(row="new")],
+        }
+        (other / "topk_gating.json").write_text(json.dumps(document))
+        report.main(self.arguments(results))
+        text = (results / "README.md").read_text()
+        assert "**B**: Other CPU" in text
+        assert "| gating | >= 10 x | 20.00 x: 1.5 ms, torch 30 ms | 4.00 x: 1.5 ms, torch 30 ms **no** |" in text
+        assert "| gating | >= 10 x |  | 20.00 x: 1.5 ms, jax 30 ms |" in text
+        assert "| new | >= 10 x |  | 20.00 x: 1.5 ms, torch 30 ms |" in text
 
     def test_one_loss_among_many_rows_is_orange(self, tmp_path: Path) -> None:
         pytest.importorskip("matplotlib")
