@@ -66,10 +66,7 @@ bench: $(VENV)/bench.stamp
 bench-quick: $(VENV)/bench.stamp
 	$(BENCH) --quick --rows build/bench-quick --ignore benchmarks/bench_moe.py
 
-wheel: $(VENV)/base.stamp $(SOURCES)
-	$(PIP) install -c constraints.txt build
-	rm -rf dist
-	$(BIN)/python -m build --outdir dist .
+wheel: $(VENV)/wheel.stamp
 
 smoke: wheel
 	bash .ci/smoke dist $(PYTHON)
@@ -84,18 +81,30 @@ $(VENV)/base.stamp:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-# Each stamp also stands for an up-to-date build of the package.
+# One build serves the tests, the benchmarks and the smoke test: what they see is what people install.
+$(VENV)/wheel.stamp: $(VENV)/base.stamp $(SOURCES)
+	$(PIP) install -c constraints.txt build
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	touch $@
+
+# pip takes a wheel of the same version for the same wheel: the second line puts the new one in.
+INSTALL_WHEEL = $(PIP) install -c constraints.txt "$$(ls dist/*.whl)[$(EXTRAS)]" && \
+	$(PIP) install --no-deps --force-reinstall dist/*.whl
+
 $(VENV)/demo.stamp: $(VENV)/base.stamp $(SOURCES)
 	$(PIP) install -c constraints.txt ".[cli,train,structures]"
 	touch $@
 
-$(VENV)/test.stamp: $(VENV)/base.stamp $(SOURCES)
-	$(PIP) install -c constraints.txt ".[all,test]"
+$(VENV)/test.stamp: EXTRAS := all,test
+$(VENV)/test.stamp: $(VENV)/wheel.stamp
+	$(INSTALL_WHEEL)
 	touch $@
 
 # Setting up includes building torch_cluster from source: some minutes, once.
-$(VENV)/bench.stamp: $(VENV)/base.stamp $(SOURCES) benchmarks/peers.sh
-	$(PIP) install -c constraints.txt ".[bench]"
+$(VENV)/bench.stamp: EXTRAS := bench
+$(VENV)/bench.stamp: $(VENV)/wheel.stamp benchmarks/peers.sh
+	$(INSTALL_WHEEL)
 	bash benchmarks/peers.sh $(BIN)/python
 	touch $@
 
