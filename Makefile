@@ -17,7 +17,7 @@ help:
 	@echo "make test-cuda  the CUDA kernels on this CPU: 12,000 cases beside the CPU's, then sanitizers"
 	@echo "make sanitize   op tests and 100,000 hostile calls under AddressSanitizer and UBSan; ThreadSanitizer (Linux, gcc)"
 	@echo "make lint       ruff, mypy, clang-format"
-	@echo "make bench      every op and the MoE layer beside peers, into benchmarks/results and the README (20 minutes)"
+	@echo "make bench      every op and the MoE layer beside peers, into benchmarks/results and the README (20 to 35 minutes)"
 	@echo "make bench-quick  the ops with smaller sizes and fewer rounds (3 minutes), nothing recorded"
 	@echo "make wheel      a wheel and an sdist in dist/"
 	@echo "make smoke      install the wheel into a fresh environment elsewhere and try it there"
