@@ -30,10 +30,10 @@ demo: $(VENV)/demo.stamp
 test test-full test-simd test-cuda: export OMP_WAIT_POLICY ?= PASSIVE
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest tests -m "not slow"
+	$(BIN)/python -m pytest tests -m "not slow" -n 2
 
 test-full: $(VENV)/test.stamp
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2
 
 test-simd: $(VENV)/test.stamp
 	bash .ci/on-each-simd-level $(BIN)/python --below-best $(BIN)/python -m pytest tests/ops -m "not slow" -k "not emulated" -n 2
