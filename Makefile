@@ -32,8 +32,8 @@ test test-full test-simd test-cuda: export OMP_WAIT_POLICY ?= PASSIVE
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest tests -m "not slow" -n 2
 
-test-full: $(VENV)/test.stamp
-	$(BIN)/python -m pytest tests -n 2
+test-full: test
+	$(BIN)/python -m pytest tests -m slow
 
 test-simd: $(VENV)/test.stamp
 	bash .ci/on-each-simd-level $(BIN)/python --below-best $(BIN)/python -m pytest tests/ops -m "not slow" -k "not emulated" -n 2
