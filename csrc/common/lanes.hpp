@@ -64,6 +64,16 @@ MOEYARD_INLINE V broadcast(element_t<V> c) {
   return c - V{};
 }
 
+/// at(l) in lane l. Not by way of memory: a vector can't be loaded before the last of its numbers is written.
+template <class V, class At, size_t... l>
+MOEYARD_INLINE V each_lane(At&& at, std::index_sequence<l...>) {
+  return V{at(l)...};
+}
+template <class V, class At>
+MOEYARD_INLINE V each_lane(At&& at) {
+  return each_lane<V>(at, std::make_index_sequence<size_t(kWidth<V>)>());
+}
+
 /// Whether any lane of a comparison holds.
 template <class M>
 MOEYARD_INLINE bool any_lane(M mask) {
@@ -84,10 +94,31 @@ MOEYARD_INLINE void zip_lanes(V a, V b, V& low, V& high, std::index_sequence<i..
   high = __builtin_shufflevector(a, b, (W / 2 + i / 2 + i % 2 * W)...);
 }
 
+/// Turns 8 x 8 numbers: pairs and then quads within the halves of a register, and then the halves. Each of the 24 steps
+/// is one instruction of AVX2, which unzipping whole registers is not.
+template <class V>
+MOEYARD_INLINE void transpose_8(V (&v)[8]) {
+  V pairs[8], quads[8];
+  for (int j = 0; j < 8; j += 2) {
+    pairs[j] = __builtin_shufflevector(v[j], v[j + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    pairs[j + 1] = __builtin_shufflevector(v[j], v[j + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int j = 0; j < 8; j += 4)
+    for (int i = 0; i < 2; ++i) {
+      quads[j + 2 * i] = __builtin_shufflevector(pairs[j + i], pairs[j + i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      quads[j + 2 * i + 1] = __builtin_shufflevector(pairs[j + i], pairs[j + i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  for (int j = 0; j < 4; ++j) {
+    v[j] = __builtin_shufflevector(quads[j], quads[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    v[j + 4] = __builtin_shufflevector(quads[j], quads[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+
 /// v holds a row-major matrix of W rows and N columns, W the number of lanes and N a power of 2; then v[j] is column j.
 /// Each round moves the lowest bit of every element's position to the top.
 template <int N, class V>
 MOEYARD_INLINE void rows_to_columns(V (&v)[N]) {
+  if constexpr (N == 8 && kWidth<V> == 8) return transpose_8(v);
   V next[N];
   for (int round = 1; round < N; round *= 2) {
     for (int j = 0; j < N / 2; ++j)
@@ -99,6 +130,7 @@ MOEYARD_INLINE void rows_to_columns(V (&v)[N]) {
 /// The inverse of rows_to_columns.
 template <int N, class V>
 MOEYARD_INLINE void columns_to_rows(V (&v)[N]) {
+  if constexpr (N == 8 && kWidth<V> == 8) return transpose_8(v);
   V next[N];
   for (int round = 1; round < N; round *= 2) {
     for (int j = 0; j < N / 2; ++j)

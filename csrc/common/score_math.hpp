@@ -19,7 +19,8 @@ namespace moeyard::score_math {
 
 // ---- the two formats --------------------------------------------------------------------------------------------
 
-// round_magic: adding it rounds to an integer, which then stands in the low bits (1.5 * 2^mantissa_bits).
+// round_magic: adding it rounds to an integer (1.5 * 2^mantissa_bits), which then stands in the low bits with the
+// exponent's bias added, ready to be shifted to its place.
 // ln2_high has so few bits that n * ln2_high is exact for every exponent n; ln2_high + ln2_low = ln 2 (Cody & Waite).
 // exp_cutoff: a little above the logarithm of the smallest normal number, so that no subnormal is ever made.
 template <class A>
@@ -30,7 +31,7 @@ struct Format<float> {
   using Word = int32_t;
   using Int = Word;
   static constexpr int mantissa_bits = 23, exponent_bias = 127;
-  static constexpr float round_magic = 0x1.8p23f, largest = 0x1.fffffep127f;
+  static constexpr float round_magic = 0x1.8p23f + exponent_bias, largest = 0x1.fffffep127f;
   static constexpr float inv_ln2 = 0x1.715476p0f, ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
   static constexpr float exp_cutoff = -87.3f, sqrt2 = 0x1.6a09e6p0f;
   static constexpr int exp_terms = 7, atanh_terms = 8;
@@ -41,7 +42,7 @@ struct Format<double> {
   using Word = int64_t;
   using Int = Word;
   static constexpr int mantissa_bits = 52, exponent_bias = 1023;
-  static constexpr double round_magic = 0x1.8p52, largest = 0x1.fffffffffffffp1023;
+  static constexpr double round_magic = 0x1.8p52 + exponent_bias, largest = 0x1.fffffffffffffp1023;
   static constexpr double inv_ln2 = 0x1.71547652b82fep0, ln2_high = 0x1.62e42fefa2p-1, ln2_low = 0x1.9ef35793c7673p-41;
   static constexpr double exp_cutoff = -708.3, sqrt2 = 0x1.6a09e667f3bcdp0;
   static constexpr int exp_terms = 13, atanh_terms = 17;
@@ -66,10 +67,14 @@ MOEYARD_HD float square_root(float v) { return MOEYARD_ON(__fsqrt_rn(v), std::sq
 MOEYARD_HD double square_root(double v) { return MOEYARD_ON(__dsqrt_rn(v), std::sqrt(v)); }
 #undef MOEYARD_ON
 
-/// c as an A, whichever of its lanes; an integer of A's width as an A.
+/// c as an A, whichever of its lanes; the same to be compared with and chosen; an integer of A's width as an A.
 template <std::floating_point A>
 MOEYARD_HD A constant(double c) {
   return A(c);
+}
+template <std::floating_point A>
+MOEYARD_HD A bound(A c) {
+  return c;
 }
 template <std::floating_point A>
 MOEYARD_HD A from_int(typename Format<A>::Int n) {
@@ -86,6 +91,16 @@ template <class V>
   requires(kWidth<V> > 1)
 MOEYARD_HD V constant(double c) {
   return broadcast<V>(element_t<V>(c));
+}
+/// gcc makes one instruction of x > c ? c : x only where it doesn't know that c is a constant.
+template <class V>
+  requires(kWidth<V> > 1)
+MOEYARD_HD V bound(element_t<V> c) {
+  V v = broadcast<V>(c);
+#ifdef MOEYARD_X86
+  asm("" : "+x"(v));
+#endif
+  return v;
 }
 template <class V>
   requires(kWidth<V> > 1)
@@ -150,7 +165,8 @@ MOEYARD_HD A twice_atanh(A z) {
 /// Below the cutoff the cutoff; NaN stays NaN.
 template <class A>
 MOEYARD_HD A above_cutoff(A x) {
-  return x < Format<A>::exp_cutoff ? constant<A>(Format<A>::exp_cutoff) : x;
+  const A cutoff = bound<A>(Format<A>::exp_cutoff);
+  return x < cutoff ? cutoff : x;
 }
 
 /// exp(x) for x <= 0 (-inf too); what would be below the smallest normal number is 0. NaN fails the comparison and
@@ -159,12 +175,10 @@ MOEYARD_HD A above_cutoff(A x) {
 template <class A>
 MOEYARD_HD A exp_nonpositive(A x) {
   using F = Format<A>;
-  using Int = typename F::Int;
   const A inside = above_cutoff(x);
   const A shifted = inside * F::inv_ln2 + F::round_magic, n = shifted - F::round_magic;
   const A r = (inside - n * F::ln2_high) - n * F::ln2_low;
-  const Int exponent = to_bits(shifted) - to_bits(F::round_magic) + typename F::Word(F::exponent_bias);
-  const A power = from_bits<A>(exponent << F::mantissa_bits);
+  const A power = from_bits<A>(to_bits(shifted) << F::mantissa_bits);
   return exp_series(r) * (x < F::exp_cutoff ? A{} : power);
 }
 
@@ -250,7 +264,8 @@ MOEYARD_HD A sqrtsoftplus_slope(A x) {
 /// +inf counts as the largest finite number, so that weights stay finite.
 template <class A>
 MOEYARD_HD A capped(A x) {
-  return x > Format<A>::largest ? constant<A>(Format<A>::largest) : x;
+  const A largest = bound<A>(Format<A>::largest);
+  return x > largest ? largest : x;
 }
 
 }  // namespace moeyard::score_math

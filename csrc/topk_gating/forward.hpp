@@ -142,11 +142,11 @@ void forward_chunk(const GatingProblem& g, const GatingInputs& in, const GatingO
   ChunkSums<A> chunk(workspace, index, g.experts);
   chunk.clear(g.experts);
   for (int64_t t = begin; t < end; t += W) {
-    const int64_t rows = std::min<int64_t>(W, end - t), lane = (t - begin) % sums.lanes;
+    const int64_t rows = std::min<int64_t>(W, end - t), lane = (t - begin) & (sums.lanes - 1);
     if (!block || !block->run(t, rows, lane, sums, chunk.counts))
       for (int64_t l = 0; l < rows; ++l)
         gate_row_at<A, T, W>(g, in, out, t + l, (lane + l) % sums.lanes, row, sums, chunk.counts);
-    if ((t + rows - begin) % (kRowsPerFold * sums.lanes) == 0) sums.fold_into(chunk);
+    if (((t + rows - begin) & (kRowsPerFold * sums.lanes - 1)) == 0) sums.fold_into(chunk);
   }
   sums.fold_into(chunk);
 }

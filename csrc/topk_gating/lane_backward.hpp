@@ -30,7 +30,7 @@ class LaneBackward {
   /// such blocks are left to the path of single rows.
   bool run(int64_t t, int64_t rows) {
     const M live = live_lanes<V>(call_.mask, t, rows);
-    if (!load_ids(t, rows)) return false;
+    if (!load_ids(t, rows, live)) return false;
     BlockMax<V> top;
     load_block<V>(static_cast<const T*>(call_.logits) + t * g_.experts, g_.experts, rows, x_,
                   [&](V v) MOEYARD_INLINE_LAMBDA { top.see(v); });
@@ -52,7 +52,7 @@ class LaneBackward {
  private:
   // Where nothing but the chosen logits has a gradient, no softmax over all experts is needed and most of it is zeros.
   bool run_chosen(int64_t t, int64_t rows, V max, M live) {
-    gather(x_, cx_);
+    gather_block<V>(x_, g_.experts, id_, g_.k, cx_);
     if (g_.score == Score::softmax) {
       M gone{};
       for (int64_t s = 0; s < g_.k; ++s) gone |= vanishes<V>(load_lanes<V>(cx_ + s * W), max);
@@ -72,21 +72,17 @@ class LaneBackward {
   }
 
   // Rows that are not looked at get id 0.
-  bool load_ids(int64_t t, int64_t rows) {
-    bool good = true;
-    for (int64_t l = 0; l < W; ++l) {
-      const bool live = l < rows && (!call_.mask || call_.mask[t + l]);
-      for (int64_t s = 0; s < g_.k; ++s) {
-        const int32_t id = live ? call_.experts[(t + l) * g_.k + s] : 0;
-        good &= uint32_t(id) < uint32_t(g_.experts);
-        id_[s * W + l] = id;
-      }
+  bool load_ids(int64_t t, int64_t rows, M live) {
+    using Ids = Lanes<int32_t, W>;
+    load_block<Ids>(call_.experts + t * g_.k, g_.k, rows, id_, [](Ids) {});
+    const Ids looked_at = __builtin_convertvector(live, Ids);
+    Ids bad{};
+    for (int64_t s = 0; s < g_.k; ++s) {
+      const Ids id = load_lanes<Ids>(id_ + s * W) & looked_at;
+      store_lanes<Ids>(id_ + s * W, id);
+      bad |= (id < 0) | (id >= int32_t(g_.experts));
     }
-    return good;
-  }
-
-  void gather(const A* from, A* to) {
-    for (int64_t s = 0; s < g_.k * W; ++s) to[s] = from[int64_t(id_[s]) * W + s % W];
+    return !any_lane(bad);
   }
 
   void softmax_over_chosen() {
@@ -96,7 +92,7 @@ class LaneBackward {
 
   // Of the logits in cx, to c.
   void chosen_scores() {
-    if (g_.score == Score::softmax) return gather(p_, c_);
+    if (g_.score == Score::softmax) return gather_block<V>(p_, g_.experts, id_, g_.k, c_);
     if (g_.score == Score::softmax_topk) return softmax_over_chosen();
     for (int64_t s = 0; s < g_.k; ++s)
       store_lanes<V>(c_ + s * W, elementwise_score(g_.score, load_lanes<V>(cx_ + s * W)));
@@ -134,7 +130,7 @@ class LaneBackward {
 
   // Leaves in chosen_grad the part of the scores' gradient (to_scores) or of the logits' that comes by the weights.
   void chosen_backward(int64_t t, int64_t rows) {
-    gather(x_, cx_);
+    gather_block<V>(x_, g_.experts, id_, g_.k, cx_);
     chosen_scores();
     weights_backward(t, rows);
     const auto c = [&](int64_t s) { return load_lanes<V>(c_ + s * W); };

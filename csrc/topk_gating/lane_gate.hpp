@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "topk_gating/lane_rows.hpp"
+#include "topk_gating/lane_select.hpp"
 #include "topk_gating/row_sums.hpp"
 #include "topk_gating/topk_gating.hpp"
 
@@ -28,7 +29,7 @@ class LaneGate {
   LaneGate(const GatingProblem& g, const GatingInputs& in, const GatingOutputs& out, Carver& carve)
       : g_(g), in_(in), out_(out), raw_(selects_raw(g, in.bias)) {
     x_ = carve.take<A>(g.experts * W), e_ = carve.take<A>(g.experts * W), group_key_ = carve.take<A>(g.num_groups * W);
-    best_ = carve.take<A>(kNetworkSlots * W), weight_ = carve.take<A>(kNetworkSlots * W);
+    chosen_ = carve.take<A>(kNetworkSlots * W), weight_ = carve.take<A>(kNetworkSlots * W);
     id_ = carve.take<Word>(kNetworkSlots * W);
   }
   static int64_t count(const GatingProblem& g) { return (2 * g.experts + g.num_groups + 3 * kNetworkSlots) * W; }
@@ -43,7 +44,7 @@ class LaneGate {
     scores_and_keys(softmax);
     M filled = ~M{};
     if (g_.num_groups > 0) filled = limit_to_groups();
-    filled &= select_in_lanes<V>(x_, g_.experts, g_.k, best_, id_);
+    filled &= select_in_lanes<V>(x_, g_.experts, g_.k, id_);
     const M live = live_lanes<V>(in_.mask, t, rows);
     if (any_lane((top.has_nan | ~filled) & live)) return false;
     chosen_weights(logits, softmax, live, rows);
@@ -62,15 +63,14 @@ class LaneGate {
   MOEYARD_INLINE void scores_and_keys(const BlockSoftmax<V>& softmax) {
     const A* bias = static_cast<const A*>(in_.bias);
     const bool elementwise = is_elementwise(g_.score);
-    if (!elementwise && raw_ && !bias) return;
+    if (elementwise)
+      for (int64_t i = 0; i < g_.experts; ++i)
+        store_lanes<V>(e_ + i * W, elementwise_score(g_.score, load_lanes<V>(x_ + i * W)));
+    if (raw_ && !bias) return;
+    const V low = broadcast<V>(lowest);
     for (int64_t i = 0; i < g_.experts; ++i) {
-      const V x = load_lanes<V>(x_ + i * W);
-      V score = load_lanes<V>(e_ + i * W);
-      if (elementwise)
-        store_lanes<V>(e_ + i * W, score = elementwise_score(g_.score, x));
-      else if (!raw_)
-        score = score / softmax.sum;
-      const V value = (raw_ ? x : score) + (bias ? bias[i] : A(0)), low = broadcast<V>(lowest);
+      const V x = load_lanes<V>(x_ + i * W), e = load_lanes<V>(e_ + i * W);
+      const V value = (raw_ ? x : elementwise ? e : e / softmax.sum) + (bias ? bias[i] : A(0));
       store_lanes<V>(x_ + i * W, x > low && value > low ? value : low);
     }
   }
@@ -79,16 +79,15 @@ class LaneGate {
   MOEYARD_INLINE M limit_to_groups() {
     const int64_t size = g_.experts / g_.num_groups;
     const V low = broadcast<V>(lowest), least = broadcast<V>(std::numeric_limits<A>::lowest());
-    for (int64_t n = 0; n < g_.num_groups; ++n) {
-      select_in_lanes<V>(x_ + n * size * W, size, g_.group_score_experts, best_, id_);
-      V sum{};
-      for (int64_t s = 0; s < g_.group_score_experts; ++s) {
-        const V v = load_lanes<V>(best_ + s * W);
-        sum = v > low ? sum + v : sum;
+    with_slots(g_.group_score_experts, [&](auto slots) MOEYARD_INLINE_LAMBDA {
+      for (int64_t n = 0; n < g_.num_groups; ++n) {
+        const auto best = best_keys<decltype(slots)::value, V>(x_ + n * size * W, size);
+        V sum{};
+        for (int64_t s = 0; s < g_.group_score_experts; ++s) sum = best.slot[s] > low ? sum + best.slot[s] : sum;
+        store_lanes<V>(group_key_ + n * W, best.slot[0] > low ? higher(sum, least) : low);
       }
-      store_lanes<V>(group_key_ + n * W, load_lanes<V>(best_) > low ? (sum > least ? sum : least) : low);
-    }
-    const M filled = select_in_lanes<V>(group_key_, g_.num_groups, g_.topk_groups, best_, id_);
+    });
+    const M filled = select_in_lanes<V>(group_key_, g_.num_groups, g_.topk_groups, id_);
     for (int64_t n = 0; n < g_.num_groups; ++n) {
       M kept{};
       for (int64_t s = 0; s < g_.topk_groups; ++s) kept |= load_lanes<I>(id_ + s * W) == Word(n);
@@ -98,17 +97,13 @@ class LaneGate {
     return filled;
   }
 
-  // The chosen entries of e.
-  MOEYARD_INLINE void gather_chosen() {
-    for (int64_t s = 0; s < g_.k * W; ++s) weight_[s] = e_[int64_t(id_[s]) * W + s % W];
-  }
-
   MOEYARD_INLINE void chosen_softmax(const T* logits, int64_t rows) {
-    A* chosen = best_;  // with the raw logits as keys
     if (in_.bias)
       for (int64_t s = 0; s < g_.k * W; ++s)
-        chosen[s] = to_float(logits[std::min(s % W, rows - 1) * g_.experts + int64_t(id_[s])]);
-    const BlockSoftmax<V> softmax = block_softmax<V>(chosen, g_.k, block_max<V>(chosen, g_.k).max, weight_);
+        chosen_[s] = to_float(logits[std::min(s % W, rows - 1) * g_.experts + int64_t(id_[s])]);
+    else
+      gather_block<V>(x_, g_.experts, id_, g_.k, chosen_);
+    const BlockSoftmax<V> softmax = block_softmax<V>(chosen_, g_.k, block_max<V>(chosen_, g_.k).max, weight_);
     for (int64_t s = 0; s < g_.k; ++s) store_lanes<V>(weight_ + s * W, load_lanes<V>(weight_ + s * W) / softmax.sum);
   }
 
@@ -117,7 +112,7 @@ class LaneGate {
     if (g_.score == Score::softmax_topk) {
       chosen_softmax(logits, rows);
     } else {
-      gather_chosen();
+      gather_block<V>(e_, g_.experts, id_, g_.k, weight_);
       if (g_.score == Score::softmax)
         for (int64_t s = 0; s < g_.k; ++s)
           store_lanes<V>(weight_ + s * W, load_lanes<V>(weight_ + s * W) / softmax.sum);
@@ -195,7 +190,7 @@ class LaneGate {
   const GatingInputs& in_;
   const GatingOutputs& out_;
   const bool raw_;  // selection values are the logits
-  A *x_, *e_, *group_key_, *best_, *weight_;
+  A *x_, *e_, *group_key_, *chosen_, *weight_;
   Word* id_;
 };
 

@@ -82,6 +82,14 @@ MOEYARD_INLINE void store_narrow(const element_t<V>* x, T* to) {
   for (int j = 0; j < N; ++j) store_as<V>(to + j * kWidth<V>, v[j]);
 }
 
+template <class V, class T>
+MOEYARD_INLINE element_t<V> as_lane(T v) {
+  if constexpr (std::is_same_v<element_t<V>, T>)
+    return v;
+  else
+    return to_float(v);
+}
+
 /// Turns `rows` <= W rows of n numbers into a block and calls each(v) with every vector of it, with some perhaps twice.
 /// The lanes that are left repeat the last row.
 template <class V, class T, class Each>
@@ -108,7 +116,7 @@ MOEYARD_INLINE void load_block(const T* from, int64_t n, int64_t rows, element_t
     load_narrow<8, V>(from, x, each);
   } else {
     for (int64_t i = 0; i < n; ++i) {
-      for (int64_t r = 0; r < W; ++r) x[i * W + r] = to_float(from[std::min(r, rows - 1) * n + i]);
+      for (int64_t r = 0; r < W; ++r) x[i * W + r] = as_lane<V>(from[std::min(r, rows - 1) * n + i]);
       each(load_lanes<V>(x + i * W));
     }
   }
@@ -138,6 +146,25 @@ MOEYARD_INLINE void store_block(const element_t<V>* x, int64_t n, int64_t rows, 
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t i = 0; i < n; ++i) to[r * n + i] = from_float<T>(x[i * W + r]);
   }
+}
+
+/// Entry id[l] of a block of n for lane l: of few by comparing, else one by one.
+template <class V, class Id>
+MOEYARD_INLINE V gather_lanes(const element_t<V>* x, int64_t n, const Id* id) {
+  constexpr int W = kWidth<V>;
+  if constexpr (sizeof(Id) == sizeof(element_t<V>))
+    if (n <= W) {
+      V v{};
+      for (int64_t i = 0; i < n; ++i) v = load_lanes<Lanes<Id, W>>(id) == Id(i) ? load_lanes<V>(x + i * W) : v;
+      return v;
+    }
+  return each_lane<V>([&](size_t l) MOEYARD_INLINE_LAMBDA { return x[size_t(id[l]) * W + l]; });
+}
+
+/// The same for ids[slots][W].
+template <class V, class Id>
+MOEYARD_INLINE void gather_block(const element_t<V>* x, int64_t n, const Id* ids, int64_t slots, element_t<V>* to) {
+  for (int64_t s = 0; s < slots * kWidth<V>; s += kWidth<V>) store_lanes<V>(to + s, gather_lanes<V>(x, n, ids + s));
 }
 
 template <class V>
@@ -181,7 +208,7 @@ MOEYARD_INLINE BlockSoftmax<V> block_softmax(const element_t<V>* x, int64_t n, V
   const auto step = [&](int64_t i, V& sum, V& dot) MOEYARD_INLINE_LAMBDA {
     const V below = capped(load_lanes<V>(x + i * W)) - block.max, exp = score_math::exp_nonpositive(below);
     sum += exp;
-    dot += exp > V{} ? exp * below : V{};
+    dot += exp * score_math::above_cutoff(below);  // as 0 * -inf is not 0
     store_lanes<V>(e + i * W, exp);
   };
   for (int64_t l = 0; l < partials; ++l) step(l, sums[l] = V{}, dots[l] = V{});
@@ -191,69 +218,6 @@ MOEYARD_INLINE BlockSoftmax<V> block_softmax(const element_t<V>* x, int64_t n, V
   block.log_sum = score_math::log_positive(block.sum);
   block.entropy = block.log_sum - dot / block.sum;
   return block;
-}
-
-// ---- selection --------------------------------------------------------------------------------------------------
-
-/// With more slots a block is chosen from row by row.
-constexpr int64_t kNetworkSlots = 16;
-
-/// The K best of the keys above -inf, in order, by insertion: a later index loses a tie. Empty slots hold -inf.
-template <int K, class V>
-struct Best {
-  V key[K];
-  int_lanes<V> id[K];
-
-  MOEYARD_INLINE Best() {
-    for (int s = 0; s < K; ++s)
-      key[s] = broadcast<V>(-std::numeric_limits<element_t<V>>::infinity()), id[s] = int_lanes<V>{};
-  }
-
-  // From the last slot up: each takes what the slot above held, the new one or nothing.
-  MOEYARD_INLINE void insert(V v, int_lanes<V> i) {
-    for (int s = K - 1; s >= 0; --s) {
-      const mask_t<V> here = v > key[s];
-      key[s] = here ? v : key[s];
-      id[s] = here ? i : id[s];
-      if (s == 0) break;
-      const mask_t<V> above = v > key[s - 1];
-      key[s] = above ? key[s - 1] : key[s];
-      id[s] = above ? id[s - 1] : id[s];
-    }
-  }
-};
-
-/// Calls f with the number of slots, at least `slots` <= kNetworkSlots, as a constant.
-template <class F>
-MOEYARD_INLINE auto with_slots(int64_t slots, F&& f) {
-  if (slots <= 1) return f(std::integral_constant<int, 1>{});
-  if (slots <= 2) return f(std::integral_constant<int, 2>{});
-  if (slots <= 4) return f(std::integral_constant<int, 4>{});
-  if (slots <= 6) return f(std::integral_constant<int, 6>{});
-  if (slots <= 8) return f(std::integral_constant<int, 8>{});
-  return f(std::integral_constant<int, int(kNetworkSlots)>{});
-}
-
-/// Writes the ids of the `slots` best of n keys per lane to ids[slots][W], their keys to best; returns the lanes where
-/// so many are above -inf.
-template <class V>
-mask_t<V> select_in_lanes(const element_t<V>* key, int64_t n, int64_t slots, element_t<V>* best,
-                          typename score_math::Format<V>::Word* ids) {
-  constexpr int W = kWidth<V>;
-  using Word = typename score_math::Format<V>::Word;
-  return with_slots(slots, [&](auto constant) MOEYARD_INLINE_LAMBDA {
-    constexpr int K = decltype(constant)::value;
-    Best<K, V> list;
-    for (int64_t i = 0; i < n; ++i) list.insert(load_lanes<V>(key + i * W), broadcast<int_lanes<V>>(Word(i)));
-    V last = list.key[0];
-    for (int s = 0; s < K; ++s) {
-      if (s >= slots) break;
-      store_lanes<V>(best + s * W, list.key[s]);
-      store_lanes<int_lanes<V>>(ids + s * W, list.id[s]);
-      last = list.key[s];
-    }
-    return last > -std::numeric_limits<element_t<V>>::infinity();
-  });
 }
 
 }  // namespace

@@ -102,6 +102,29 @@ def test_blocks_and_single_rows_give_the_same_bits(T: int, E: int, k: int) -> No
             assert same_bits(getattr(block, name), getattr(single, name)), (seed, name)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("E", "k"), [(2, 1), (3, 2), (12, 12), (64, 8), (100, 6), (256, 8), (1024, 3)])
+def test_neighbouring_numbers_are_told_apart(E: int, k: int, dtype: torch.dtype) -> None:
+    """Keys that differ in nothing but their last bits, both signs and zeros; and ties among them."""
+    g = torch.Generator().manual_seed(E)
+    for spread in (2, 8, 1000):
+        steps = torch.randint(0, spread, (48, E), generator=g)
+        x = (1 + steps.double() * torch.finfo(dtype).eps).to(dtype) * (
+            torch.randint(0, 2, (48, 1), generator=g) * 2 - 1
+        )
+        x[32:, ::3] = torch.where(steps[32:, ::3] % 2 == 0, 0.0, -0.0).to(dtype)
+        want = x.double().sort(dim=-1, descending=True, stable=True).indices[:, :k]
+        assert torch.equal(moeyard.topk_gating(x, k).experts.long(), want), spread
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_lowest_number_is_above_minus_infinity(dtype: torch.dtype) -> None:
+    x = torch.full((32, 20), -INF, dtype=dtype)
+    x[:, 7], x[:, 11], x[:16, 3] = 1.0, torch.finfo(dtype).min, torch.finfo(dtype).min
+    want = torch.tensor([[7, 3, 11]] * 16 + [[7, 11, 0]] * 16, dtype=torch.int32)
+    assert torch.equal(moeyard.topk_gating(x, 3).experts, want)
+
+
 @pytest.mark.parametrize(("T", "E", "k"), [size for size in SIZES if size[0] >= 16])
 def test_a_nan_changes_no_other_row(T: int, E: int, k: int) -> None:
     """A block with a NaN, or with too few candidates, is left to the path of single rows, backward too."""

@@ -1,0 +1,167 @@
+// Choosing the best keys of W rows at once, one row per lane: key descending, then index ascending.
+#pragma once
+#include <bit>
+#include <limits>
+
+#include "topk_gating/lane_rows.hpp"
+
+namespace moeyard::cpu {
+namespace {
+
+/// With more slots a block is chosen from row by row.
+constexpr int64_t kNetworkSlots = 16;
+
+template <class V>
+MOEYARD_INLINE V lower(V a, V b) {
+  return a < b ? a : b;
+}
+template <class V>
+MOEYARD_INLINE V higher(V a, V b) {
+  return a > b ? a : b;
+}
+
+/// The K best in order, and what fell out last. From the first slot down, each keeps the better and hands on the other.
+template <int K, class V>
+struct Best {
+  V slot[K];
+
+  MOEYARD_INLINE explicit Best(element_t<V> none) {
+    for (int s = 0; s < K; ++s) slot[s] = broadcast<V>(none);
+  }
+  MOEYARD_INLINE V insert(V v) {
+    for (int s = 0; s < K; ++s) {
+      const V rest = lower(slot[s], v);
+      slot[s] = higher(slot[s], v);
+      v = rest;
+    }
+    return v;
+  }
+};
+
+/// The same of keys with their ids, for keys above -inf: a later id loses a tie. Empty slots hold -inf.
+template <int K, class V>
+struct BestWithId {
+  V key[K];
+  int_lanes<V> id[K];
+
+  MOEYARD_INLINE BestWithId() {
+    for (int s = 0; s < K; ++s)
+      key[s] = broadcast<V>(-std::numeric_limits<element_t<V>>::infinity()), id[s] = int_lanes<V>{};
+  }
+
+  // From the last slot up: each takes what the slot above held, the new one or nothing.
+  MOEYARD_INLINE void insert(V v, int_lanes<V> i) {
+    for (int s = K - 1; s >= 0; --s) {
+      const mask_t<V> here = v > key[s];
+      key[s] = here ? v : key[s];
+      id[s] = here ? i : id[s];
+      if (s == 0) break;
+      const mask_t<V> above = v > key[s - 1];
+      key[s] = above ? key[s - 1] : key[s];
+      id[s] = above ? id[s - 1] : id[s];
+    }
+  }
+};
+
+/// A key and its index in one integer of the key's order: insertion takes two instructions a slot instead of five. The
+/// lowest bits of a key have to make room, so that keys alike in all others look like a tie.
+template <class V>
+class Packing {
+  using I = int_lanes<V>;
+  using Word = element_t<I>;
+
+ public:
+  static constexpr Word none = std::numeric_limits<Word>::min();
+
+  MOEYARD_INLINE explicit Packing(int64_t n) : index_(Word(std::bit_ceil(uint64_t(n)) - 1)) {}
+
+  /// Two's complement for sign and magnitude: -0 becomes 0, and zeros at the end stay there.
+  MOEYARD_INLINE I pack(V key, int64_t i) {
+    const I bits = score_math::to_bits(key), sign = bits >> int(8 * sizeof(Word) - 1);
+    const I order = ((bits & std::numeric_limits<Word>::max()) ^ sign) - sign;
+    seen_ |= order;
+    return (order & ~index_) | (index_ - Word(i));
+  }
+  MOEYARD_INLINE I index(I packed) const { return index_ - (packed & index_); }
+  MOEYARD_INLINE mask_t<I> looks_tied(I a, I b) const { return ((a ^ b) & ~index_) == 0; }
+  /// Whether a key had anything in the bits that made room.
+  MOEYARD_INLINE mask_t<I> lossy() const { return (seen_ & index_) != 0; }
+  /// Also false for finite keys next to -inf.
+  MOEYARD_INLINE mask_t<I> finite(I packed) const {
+    return packed > (-std::bit_cast<Word>(std::numeric_limits<element_t<V>>::infinity()) | index_);
+  }
+
+ private:
+  Word index_;
+  I seen_{};
+};
+
+/// Calls f with the number of slots, at least `slots` <= kNetworkSlots, as a constant.
+template <class F>
+MOEYARD_INLINE auto with_slots(int64_t slots, F&& f) {
+  if (slots <= 1) return f(std::integral_constant<int, 1>{});
+  if (slots <= 2) return f(std::integral_constant<int, 2>{});
+  if (slots <= 4) return f(std::integral_constant<int, 4>{});
+  if (slots <= 6) return f(std::integral_constant<int, 6>{});
+  if (slots <= 8) return f(std::integral_constant<int, 8>{});
+  return f(std::integral_constant<int, int(kNetworkSlots)>{});
+}
+
+template <class V>
+using ids_t = element_t<int_lanes<V>>*;
+
+/// As select_in_lanes, with whole keys.
+template <class V>
+mask_t<V> select_exactly(const element_t<V>* key, int64_t n, int64_t slots, ids_t<V> ids) {
+  constexpr int W = kWidth<V>;
+  using Word = element_t<int_lanes<V>>;
+  return with_slots(slots, [&](auto constant) MOEYARD_INLINE_LAMBDA {
+    constexpr int K = decltype(constant)::value;
+    BestWithId<K, V> list;
+    for (int64_t i = 0; i < n; ++i) list.insert(load_lanes<V>(key + i * W), broadcast<int_lanes<V>>(Word(i)));
+    V last = list.key[0];
+    for (int s = 0; s < K && s < slots; ++s) {
+      store_lanes<int_lanes<V>>(ids + s * W, list.id[s]);
+      last = list.key[s];
+    }
+    return last > -std::numeric_limits<element_t<V>>::infinity();
+  });
+}
+
+/// Writes the ids of the `slots` best of n keys per lane to ids[slots][W]; returns the lanes where so many are above
+/// -inf. Where packed keys look tied and may not be, it is done again with whole ones: of normal float32 logits one
+/// block of 8 rows in 500 with 64 experts, and one in 20 where sigmoids of 256 are the keys.
+template <class V>
+mask_t<V> select_in_lanes(const element_t<V>* key, int64_t n, int64_t slots, ids_t<V> ids) {
+  constexpr int W = kWidth<V>;
+  using I = int_lanes<V>;
+  bool doubtful = false;
+  const mask_t<V> filled = with_slots(slots, [&](auto constant) MOEYARD_INLINE_LAMBDA {
+    constexpr int K = decltype(constant)::value;
+    Packing<V> packing(n);
+    Best<K, I> list(packing.none);
+    I next = broadcast<I>(packing.none);
+    for (int64_t i = 0; i < n; ++i) next = higher(next, list.insert(packing.pack(load_lanes<V>(key + i * W), i)));
+    mask_t<I> tied{};
+    I last = list.slot[0];
+    for (int s = 0; s < K && s < slots; ++s) {
+      last = list.slot[s];
+      store_lanes<I>(ids + s * W, packing.index(last));
+      tied |= packing.looks_tied(last, s + 1 < K ? list.slot[s + 1] : next);
+    }
+    doubtful = any_lane(tied & packing.lossy());
+    return packing.finite(last);
+  });
+  return doubtful ? select_exactly<V>(key, n, slots, ids) : filled;
+}
+
+/// The K best of n keys, without their ids, in order.
+template <int K, class V>
+MOEYARD_INLINE Best<K, V> best_keys(const element_t<V>* key, int64_t n) {
+  Best<K, V> list(-std::numeric_limits<element_t<V>>::infinity());
+  for (int64_t i = 0; i < n; ++i) list.insert(load_lanes<V>(key + i * kWidth<V>));
+  return list;
+}
+
+}  // namespace
+}  // namespace moeyard::cpu
