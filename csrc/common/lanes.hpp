@@ -74,6 +74,16 @@ MOEYARD_INLINE V each_lane(At&& at) {
   return each_lane<V>(at, std::make_index_sequence<size_t(kWidth<V>)>());
 }
 
+/// b where neither is lower, or one is NaN.
+template <class V>
+MOEYARD_INLINE V lower(V a, V b) {
+  return a < b ? a : b;
+}
+template <class V>
+MOEYARD_INLINE V higher(V a, V b) {
+  return a > b ? a : b;
+}
+
 /// Whether any lane of a comparison holds.
 template <class M>
 MOEYARD_INLINE bool any_lane(M mask) {

@@ -19,10 +19,10 @@ namespace moeyard::score_math {
 
 // ---- the two formats --------------------------------------------------------------------------------------------
 
-// round_magic: adding it rounds to an integer (1.5 * 2^mantissa_bits), which then stands in the low bits with the
-// exponent's bias added, ready to be shifted to its place.
-// ln2_high has so few bits that n * ln2_high is exact for every exponent n; ln2_high + ln2_low = ln 2 (Cody & Waite).
-// exp_cutoff: a little above the logarithm of the smallest normal number, so that no subnormal is ever made.
+// round_magic: adding it rounds to an integer, which then stands in the low bits with the exponent's bias added, ready
+// to be shifted to its place (1.5 * 2^mantissa_bits + exponent_bias). ln2_high has so few bits that n * ln2_high is
+// exact for every exponent n; ln2_high + ln2_low = ln 2 (Cody & Waite). exp_cutoff: a little above the logarithm of the
+// smallest normal number, so that no subnormal is ever made.
 template <class A>
 struct Format;
 template <>
@@ -67,18 +67,19 @@ MOEYARD_HD float square_root(float v) { return MOEYARD_ON(__fsqrt_rn(v), std::sq
 MOEYARD_HD double square_root(double v) { return MOEYARD_ON(__dsqrt_rn(v), std::sqrt(v)); }
 #undef MOEYARD_ON
 
-/// c as an A, whichever of its lanes; the same to be compared with and chosen; an integer of A's width as an A.
+/// c as an A, whichever of its lanes; an integer of A's width as an A.
 template <std::floating_point A>
 MOEYARD_HD A constant(double c) {
   return A(c);
 }
 template <std::floating_point A>
-MOEYARD_HD A bound(A c) {
-  return c;
-}
-template <std::floating_point A>
 MOEYARD_HD A from_int(typename Format<A>::Int n) {
   return A(n);
+}
+/// A constant for x > c ? c : x: in vectors gcc makes one instruction of that only where it can't know the constant.
+template <std::floating_point A>
+MOEYARD_HD A bound(A c) {
+  return c;
 }
 
 #ifdef MOEYARD_LANES
@@ -92,7 +93,6 @@ template <class V>
 MOEYARD_HD V constant(double c) {
   return broadcast<V>(element_t<V>(c));
 }
-/// gcc makes one instruction of x > c ? c : x only where it doesn't know that c is a constant.
 template <class V>
   requires(kWidth<V> > 1)
 MOEYARD_HD V bound(element_t<V> c) {

@@ -142,6 +142,7 @@ void forward_chunk(const GatingProblem& g, const GatingInputs& in, const GatingO
   ChunkSums<A> chunk(workspace, index, g.experts);
   chunk.clear(g.experts);
   for (int64_t t = begin; t < end; t += W) {
+    static_assert(std::has_single_bit(uint64_t(kSumLanes)) && std::has_single_bit(uint64_t(kRowsPerFold)));
     const int64_t rows = std::min<int64_t>(W, end - t), lane = (t - begin) & (sums.lanes - 1);
     if (!block || !block->run(t, rows, lane, sums, chunk.counts))
       for (int64_t l = 0; l < rows; ++l)

@@ -38,15 +38,15 @@ class LaneGate {
   /// written, where a row has a NaN or fewer candidates than slots: such blocks are left to the path of single rows.
   MOEYARD_INLINE bool run(int64_t t, int64_t rows, int64_t lane, LaneSums<A, W>& sums, int32_t* counts) {
     const T* logits = static_cast<const T*>(in_.logits) + t * g_.experts;
-    BlockMax<V> top;
-    load_block<V>(logits, g_.experts, rows, x_, [&](V v) MOEYARD_INLINE_LAMBDA { top.see(v); });
-    const BlockSoftmax<V> softmax = block_softmax<V>(x_, g_.experts, top.max, e_);
+    V max = broadcast<V>(lowest);
+    load_block<V>(logits, g_.experts, rows, x_, [&](V v) MOEYARD_INLINE_LAMBDA { max = higher(v, max); });
+    const BlockSoftmax<V> softmax = block_softmax<V>(x_, g_.experts, max, e_);
     scores_and_keys(softmax);
     M filled = ~M{};
     if (g_.num_groups > 0) filled = limit_to_groups();
     filled &= select_in_lanes<V>(x_, g_.experts, g_.k, id_);
     const M live = live_lanes<V>(in_.mask, t, rows);
-    if (any_lane((top.has_nan | ~filled) & live)) return false;
+    if (any_lane(((softmax.sum != softmax.sum) | ~filled) & live)) return false;
     chosen_weights(logits, softmax, live, rows);
     add_sums(softmax, live, lane, sums);
     if (sums.few)
@@ -133,24 +133,27 @@ class LaneGate {
 
   // Masked rows add 0.
   MOEYARD_INLINE void add_sums(const BlockSoftmax<V>& softmax, M live, int64_t lane, LaneSums<A, W>& sums) {
+    const int64_t n = g_.experts;
     const auto add = [&](A* to, V v)
                          MOEYARD_INLINE_LAMBDA { store_lanes<V>(to, load_lanes<V>(to) + keep_lanes(live, v)); };
     const V one = score_math::constant<V>(1), factor = is_elementwise(g_.score) ? one : one / softmax.sum;
-    for (int64_t i = 0; i < g_.experts; ++i) add(sums.score + i * kSumLanes + lane, load_lanes<V>(e_ + i * W) * factor);
+    A* const score = sums.score + lane;
+    for (int64_t i = 0; i < n; ++i) add(score + i * kSumLanes, load_lanes<V>(e_ + i * W) * factor);
     const V lse = softmax.log_sum_exp();
     add(sums.scalar + lane, lse * lse);
     add(sums.scalar + kSumLanes + lane, softmax.entropy);
   }
 
-  // Weights of masked rows are 0, so that they may go to any expert; what their id -1 counts is taken back.
   MOEYARD_INLINE void add_choices(int64_t rows, int64_t lane, LaneSums<A, W>& sums, int32_t* counts) {
-    for (int64_t s = 0; s < g_.k; ++s)
-      for (int64_t l = 0; l < rows; ++l) {
-        const int64_t id = id_[s * W + l];
-        if (id < 0) continue;
-        sums.weight[id * kSumLanes + lane + l] += weight_[s * W + l];
+    for (int64_t l = 0; l < rows; ++l) {
+      if (id_[l] < 0) continue;  // a masked row
+      A* const sum = sums.weight + lane + l;
+      for (int64_t s = l; s < g_.k * W; s += W) {
+        const auto id = uint32_t(id_[s]);
+        sum[id * uint32_t(kSumLanes)] += weight_[s];
         ++counts[id];
       }
+    }
   }
 
   // The same by comparing every slot with every expert, which beats single steps for a few of both.

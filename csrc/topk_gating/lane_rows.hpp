@@ -82,6 +82,7 @@ MOEYARD_INLINE void store_narrow(const element_t<V>* x, T* to) {
   for (int j = 0; j < N; ++j) store_as<V>(to + j * kWidth<V>, v[j]);
 }
 
+// Integers too.
 template <class V, class T>
 MOEYARD_INLINE element_t<V> as_lane(T v) {
   if constexpr (std::is_same_v<element_t<V>, T>)
@@ -96,14 +97,15 @@ template <class V, class T, class Each>
 MOEYARD_INLINE void load_block(const T* from, int64_t n, int64_t rows, element_t<V>* x, Each&& each) {
   constexpr int W = kWidth<V>;
   if (n >= W) {
+    const T* row[W];
+    for (int64_t r = 0; r < W; ++r) row[r] = from + std::min(r, rows - 1) * n;
     for (int64_t tile = 0; tile < n; tile += W) {
       const int64_t first = std::min(tile, n - W);  // the last tile may overlap the one before
-      const T* row = from + first;
       V v[W];
       for (int r = 0; r < W; ++r) {
-        v[r] = load_as<V>(row);
-        __builtin_prefetch(row + W * n);  // the next block: strides of whole rows are not foreseen by the hardware
-        row += r + 1 < rows ? n : 0;
+        v[r] = load_as<V>(row[r] + first);
+        // The next block: strides of whole rows are not foreseen by the hardware.
+        __builtin_prefetch(row[r] + first + W * n);
       }
       rows_to_columns(v);
       for (int j = 0; j < W; ++j) store_lanes<V>(x + (first + j) * W, v[j]), each(v[j]);
@@ -174,7 +176,7 @@ struct BlockMax {
 
   MOEYARD_INLINE BlockMax() : max(broadcast<V>(-std::numeric_limits<element_t<V>>::infinity())), has_nan{} {}
   MOEYARD_INLINE void see(V v) {
-    max = v > max ? v : max;
+    max = higher(v, max);
     has_nan = v != v ? ~mask_t<V>{} : has_nan;
   }
 };
@@ -194,7 +196,8 @@ struct BlockSoftmax {
   MOEYARD_INLINE V log_sum_exp() const { return max + log_sum; }
 };
 
-/// row_softmax without NaN: writes the exponentials, not yet divided by their sum, to e (which may be x).
+/// row_softmax; of a row with a NaN the sum is NaN and nothing is right. Writes the exponentials, not yet divided by
+/// their sum, to e (which may be x).
 template <class V>
 MOEYARD_INLINE BlockSoftmax<V> block_softmax(const element_t<V>* x, int64_t n, V max, element_t<V>* e) {
   using score_math::capped;
@@ -208,13 +211,13 @@ MOEYARD_INLINE BlockSoftmax<V> block_softmax(const element_t<V>* x, int64_t n, V
   const auto step = [&](int64_t i, V& sum, V& dot) MOEYARD_INLINE_LAMBDA {
     const V below = capped(load_lanes<V>(x + i * W)) - block.max, exp = score_math::exp_nonpositive(below);
     sum += exp;
-    dot += exp * score_math::above_cutoff(below);  // as 0 * -inf is not 0
+    dot += exp * score_math::above_cutoff(below);  // 0 * -inf would be NaN, and -0 adds nothing
     store_lanes<V>(e + i * W, exp);
   };
   for (int64_t l = 0; l < partials; ++l) step(l, sums[l] = V{}, dots[l] = V{});
   for (int64_t i = kPartials; i < n; ++i) step(i, sums[i % kPartials], dots[i % kPartials]);
   const V sum = fold_partials(sums, partials), dot = fold_partials(dots, partials);
-  block.sum = some ? sum : score_math::constant<V>(1);
+  block.sum = sum == V{} ? score_math::constant<V>(1) : sum;  // 0 without a logit above -inf
   block.log_sum = score_math::log_positive(block.sum);
   block.entropy = block.log_sum - dot / block.sum;
   return block;

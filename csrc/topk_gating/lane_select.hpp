@@ -1,7 +1,10 @@
 // Choosing the best keys of W rows at once, one row per lane: key descending, then index ascending.
 #pragma once
+#include <algorithm>
+#include <array>
 #include <bit>
 #include <limits>
+#include <utility>
 
 #include "topk_gating/lane_rows.hpp"
 
@@ -11,16 +14,58 @@ namespace {
 /// With more slots a block is chosen from row by row.
 constexpr int64_t kNetworkSlots = 16;
 
-template <class V>
-MOEYARD_INLINE V lower(V a, V b) {
-  return a < b ? a : b;
-}
-template <class V>
-MOEYARD_INLINE V higher(V a, V b) {
-  return a > b ? a : b;
+// ---- networks ---------------------------------------------------------------------------------------------------
+
+struct Comparator {
+  int8_t high, low;
+};
+
+/// Batcher's odd-even merge sort of K numbers, a power of 2 (K. E. Batcher, AFIPS Spring 1968): the comparators.
+template <int K>
+constexpr auto sorting_network() {
+  constexpr int steps = std::bit_width(unsigned(K)) - 1;
+  std::array<Comparator, K * steps*(steps - 1) / 4 + K - 1> network{};
+  int count = 0;
+  for (int p = 1; p < K; p *= 2)
+    for (int d = p; d > 0; d /= 2)
+      for (int j = d % p; j + d < K; j += 2 * d)
+        for (int i = j; i < std::min(j + d, K - d); ++i)
+          if (i / (2 * p) == (i + d) / (2 * p)) network[count++] = {int8_t(i), int8_t(i + d)};
+  return network;
 }
 
-/// The K best in order, and what fell out last. From the first slot down, each keeps the better and hands on the other.
+/// Sorts K numbers that rise and then fall, or the other way round.
+template <int K>
+constexpr auto bitonic_network() {
+  constexpr int steps = std::bit_width(unsigned(K)) - 1;
+  std::array<Comparator, K * steps / 2> network{};
+  int count = 0;
+  for (int d = K / 2; d > 0; d /= 2)
+    for (int i = 0; i < K; ++i)
+      if (!(i & d)) network[count++] = {int8_t(i), int8_t(i + d)};
+  return network;
+}
+
+template <class V>
+MOEYARD_INLINE void exchange(V& high, V& low) {
+  const V least = lower(high, low);
+  high = higher(high, low);
+  low = least;
+}
+
+/// Descending. The comparators as constants, so that the numbers stay in registers.
+template <auto network, class V, size_t... c>
+MOEYARD_INLINE void sort_by(V* v, std::index_sequence<c...>) {
+  (exchange(v[network[c].high], v[network[c].low]), ...);
+}
+template <auto network, class V>
+MOEYARD_INLINE void sort_by(V* v) {
+  sort_by<network>(v, std::make_index_sequence<network.size()>());
+}
+
+// ---- lists ------------------------------------------------------------------------------------------------------
+
+/// The K best in order.
 template <int K, class V>
 struct Best {
   V slot[K];
@@ -28,13 +73,19 @@ struct Best {
   MOEYARD_INLINE explicit Best(element_t<V> none) {
     for (int s = 0; s < K; ++s) slot[s] = broadcast<V>(none);
   }
+  /// From the first slot down, each keeps the better and hands on the other. Returns what falls out.
   MOEYARD_INLINE V insert(V v) {
-    for (int s = 0; s < K; ++s) {
-      const V rest = lower(slot[s], v);
-      slot[s] = higher(slot[s], v);
-      v = rest;
-    }
+    for (int s = 0; s < K; ++s) exchange(slot[s], v);
     return v;
+  }
+  /// K at once, which takes two thirds of the instructions, from 8 on. Returns the best of what falls out.
+  MOEYARD_INLINE V insert_all(V (&run)[K]) {
+    sort_by<sorting_network<K>()>(run);
+    for (int s = 0; s < K; ++s) exchange(slot[s], run[K - 1 - s]);  // the K best of both, falling and then rising
+    sort_by<bitonic_network<K>()>(slot);
+    V best = run[0];
+    for (int s = 1; s < K; ++s) best = higher(best, run[s]);
+    return best;
   }
 };
 
@@ -63,8 +114,9 @@ struct BestWithId {
   }
 };
 
-/// A key and its index in one integer of the key's order: insertion takes two instructions a slot instead of five. The
-/// lowest bits of a key have to make room, so that keys alike in all others look like a tie.
+/// A key and its index in one integer of the key's order: with integer minima and maxima, insertion takes two
+/// instructions a slot instead of five. The lowest bits of a key have to make room, so that keys alike in all others
+/// look like a tie.
 template <class V>
 class Packing {
   using I = int_lanes<V>;
@@ -73,14 +125,18 @@ class Packing {
  public:
   static constexpr Word none = std::numeric_limits<Word>::min();
 
-  MOEYARD_INLINE explicit Packing(int64_t n) : index_(Word(std::bit_ceil(uint64_t(n)) - 1)) {}
+  MOEYARD_INLINE explicit Packing(int64_t n)
+      : index_(Word(std::bit_ceil(uint64_t(n)) - 1)), next_(broadcast<I>(index_)) {}
 
-  /// Two's complement for sign and magnitude: -0 becomes 0, and zeros at the end stay there.
-  MOEYARD_INLINE I pack(V key, int64_t i) {
+  /// The keys one after another. Two's complement for sign and magnitude: -0 becomes 0, and zeros at the end stay
+  /// there.
+  MOEYARD_INLINE I pack(V key) {
     const I bits = score_math::to_bits(key), sign = bits >> int(8 * sizeof(Word) - 1);
     const I order = ((bits & std::numeric_limits<Word>::max()) ^ sign) - sign;
     seen_ |= order;
-    return (order & ~index_) | (index_ - Word(i));
+    const I packed = (order & ~index_) | next_;
+    next_ -= 1;  // the lower index wins
+    return packed;
   }
   MOEYARD_INLINE I index(I packed) const { return index_ - (packed & index_); }
   MOEYARD_INLINE mask_t<I> looks_tied(I a, I b) const { return ((a ^ b) & ~index_) == 0; }
@@ -93,7 +149,7 @@ class Packing {
 
  private:
   Word index_;
-  I seen_{};
+  I next_, seen_{};
 };
 
 /// Calls f with the number of slots, at least `slots` <= kNetworkSlots, as a constant.
@@ -102,17 +158,16 @@ MOEYARD_INLINE auto with_slots(int64_t slots, F&& f) {
   if (slots <= 1) return f(std::integral_constant<int, 1>{});
   if (slots <= 2) return f(std::integral_constant<int, 2>{});
   if (slots <= 4) return f(std::integral_constant<int, 4>{});
-  if (slots <= 6) return f(std::integral_constant<int, 6>{});
   if (slots <= 8) return f(std::integral_constant<int, 8>{});
   return f(std::integral_constant<int, int(kNetworkSlots)>{});
 }
 
 template <class V>
-using ids_t = element_t<int_lanes<V>>*;
+using ids_ptr = element_t<int_lanes<V>>*;
 
 /// As select_in_lanes, with whole keys.
 template <class V>
-mask_t<V> select_exactly(const element_t<V>* key, int64_t n, int64_t slots, ids_t<V> ids) {
+mask_t<V> select_exactly(const element_t<V>* key, int64_t n, int64_t slots, ids_ptr<V> ids) {
   constexpr int W = kWidth<V>;
   using Word = element_t<int_lanes<V>>;
   return with_slots(slots, [&](auto constant) MOEYARD_INLINE_LAMBDA {
@@ -129,19 +184,30 @@ mask_t<V> select_exactly(const element_t<V>* key, int64_t n, int64_t slots, ids_
 }
 
 /// Writes the ids of the `slots` best of n keys per lane to ids[slots][W]; returns the lanes where so many are above
-/// -inf. Where packed keys look tied and may not be, it is done again with whole ones: of normal float32 logits one
-/// block of 8 rows in 500 with 64 experts, and one in 20 where sigmoids of 256 are the keys.
+/// -inf, perhaps without some whose last key is next to it. Where packed keys look tied and may not be, it is done
+/// again with whole ones: for 8 slots of normal float32 logits one block of 8 rows in 500 with 64 experts, and one in
+/// 20 where sigmoids of 256 are the keys.
 template <class V>
-mask_t<V> select_in_lanes(const element_t<V>* key, int64_t n, int64_t slots, ids_t<V> ids) {
+mask_t<V> select_in_lanes(const element_t<V>* key, int64_t n, int64_t slots, ids_ptr<V> ids) {
   constexpr int W = kWidth<V>;
   using I = int_lanes<V>;
+  // The baseline's 16 bytes come without a comparison of 64-bit integers.
+  if constexpr (sizeof(I) == 16 && sizeof(element_t<I>) == 8) return select_exactly<V>(key, n, slots, ids);
   bool doubtful = false;
   const mask_t<V> filled = with_slots(slots, [&](auto constant) MOEYARD_INLINE_LAMBDA {
     constexpr int K = decltype(constant)::value;
     Packing<V> packing(n);
     Best<K, I> list(packing.none);
     I next = broadcast<I>(packing.none);
-    for (int64_t i = 0; i < n; ++i) next = higher(next, list.insert(packing.pack(load_lanes<V>(key + i * W), i)));
+    const auto take = [&](int64_t i) MOEYARD_INLINE_LAMBDA { return packing.pack(load_lanes<V>(key + i * W)); };
+    int64_t i = 0;
+    if constexpr (K >= 8)
+      for (; i + K <= n; i += K) {
+        I run[K];
+        for (int r = 0; r < K; ++r) run[r] = take(i + r);
+        next = higher(next, list.insert_all(run));
+      }
+    for (; i < n; ++i) next = higher(next, list.insert(take(i)));
     mask_t<I> tied{};
     I last = list.slot[0];
     for (int s = 0; s < K && s < slots; ++s) {

@@ -117,11 +117,27 @@ def test_neighbouring_numbers_are_told_apart(E: int, k: int, dtype: torch.dtype)
         assert torch.equal(moeyard.topk_gating(x, k).experts.long(), want), spread
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("k", range(1, 18))
+def test_one_pair_of_neighbouring_numbers(k: int, dtype: torch.dtype) -> None:
+    """All far apart but the numbers of two ranks, of which the larger comes later; also the last that is chosen and
+    the first that is not."""
+    E, g = 40, torch.Generator().manual_seed(k)
+    for rank in sorted({0, k // 2, k - 1}):
+        value = 2 - torch.arange(E, dtype=dtype) / E
+        value[rank + 1] = torch.nextafter(value[rank], value[-1])
+        column = torch.stack([torch.randperm(E, generator=g) for _ in range(32)])
+        pair = column[:, rank : rank + 2]
+        column[:, rank : rank + 2] = pair.sort(dim=-1, descending=True).values
+        x = torch.empty(32, E, dtype=dtype).scatter_(1, column, value.expand(32, E))
+        assert torch.equal(moeyard.topk_gating(x, k).experts.long(), column[:, :k]), rank
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_lowest_number_is_above_minus_infinity(dtype: torch.dtype) -> None:
     x = torch.full((32, 20), -INF, dtype=dtype)
-    x[:, 7], x[:, 11], x[:16, 3] = 1.0, torch.finfo(dtype).min, torch.finfo(dtype).min
-    want = torch.tensor([[7, 3, 11]] * 16 + [[7, 11, 0]] * 16, dtype=torch.int32)
+    x[:, 0], x[:, 11], x[:16, 3] = 1.0, torch.finfo(dtype).min, torch.finfo(dtype).min
+    want = torch.tensor([[0, 3, 11]] * 16 + [[0, 11, 1]] * 16, dtype=torch.int32)
     assert torch.equal(moeyard.topk_gating(x, 3).experts, want)
 
 
