@@ -183,42 +183,51 @@ mask_t<V> select_exactly(const element_t<V>* key, int64_t n, int64_t slots, ids_
   });
 }
 
+/// The same with packed keys. `doubtful`: some that look tied may not be, and the ids are worth nothing.
+template <int K, class V>
+MOEYARD_INLINE mask_t<V> select_packed(const element_t<V>* key, int64_t n, int64_t slots, ids_ptr<V> ids,
+                                       bool& doubtful) {
+  constexpr int W = kWidth<V>;
+  using I = int_lanes<V>;
+  Packing<V> packing(n);
+  Best<K, I> list(packing.none);
+  I next = broadcast<I>(packing.none);
+  const auto take = [&](int64_t i) MOEYARD_INLINE_LAMBDA { return packing.pack(load_lanes<V>(key + i * W)); };
+  int64_t i = 0;
+  if constexpr (K >= 8)
+    for (; i + K <= n; i += K) {
+      I run[K];
+      for (int r = 0; r < K; ++r) run[r] = take(i + r);
+      next = higher(next, list.insert_all(run));
+    }
+  for (; i < n; ++i) next = higher(next, list.insert(take(i)));
+  mask_t<I> tied{};
+  I last = list.slot[0];
+  for (int s = 0; s < K && s < slots; ++s) {
+    last = list.slot[s];
+    store_lanes<I>(ids + s * W, packing.index(last));
+    tied |= packing.looks_tied(last, s + 1 < K ? list.slot[s + 1] : next);
+  }
+  doubtful = any_lane(tied & packing.lossy());
+  return packing.finite(last);
+}
+
 /// Writes the ids of the `slots` best of n keys per lane to ids[slots][W]; returns the lanes where so many are above
 /// -inf, perhaps without some whose last key is next to it. Where packed keys look tied and may not be, it is done
 /// again with whole ones: for 8 slots of normal float32 logits one block of 8 rows in 500 with 64 experts, and one in
 /// 20 where sigmoids of 256 are the keys.
 template <class V>
 mask_t<V> select_in_lanes(const element_t<V>* key, int64_t n, int64_t slots, ids_ptr<V> ids) {
-  constexpr int W = kWidth<V>;
-  using I = int_lanes<V>;
   // The baseline's 16 bytes come without a comparison of 64-bit integers.
-  if constexpr (sizeof(I) == 16 && sizeof(element_t<I>) == 8) return select_exactly<V>(key, n, slots, ids);
-  bool doubtful = false;
-  const mask_t<V> filled = with_slots(slots, [&](auto constant) MOEYARD_INLINE_LAMBDA {
-    constexpr int K = decltype(constant)::value;
-    Packing<V> packing(n);
-    Best<K, I> list(packing.none);
-    I next = broadcast<I>(packing.none);
-    const auto take = [&](int64_t i) MOEYARD_INLINE_LAMBDA { return packing.pack(load_lanes<V>(key + i * W)); };
-    int64_t i = 0;
-    if constexpr (K >= 8)
-      for (; i + K <= n; i += K) {
-        I run[K];
-        for (int r = 0; r < K; ++r) run[r] = take(i + r);
-        next = higher(next, list.insert_all(run));
-      }
-    for (; i < n; ++i) next = higher(next, list.insert(take(i)));
-    mask_t<I> tied{};
-    I last = list.slot[0];
-    for (int s = 0; s < K && s < slots; ++s) {
-      last = list.slot[s];
-      store_lanes<I>(ids + s * W, packing.index(last));
-      tied |= packing.looks_tied(last, s + 1 < K ? list.slot[s + 1] : next);
-    }
-    doubtful = any_lane(tied & packing.lossy());
-    return packing.finite(last);
-  });
-  return doubtful ? select_exactly<V>(key, n, slots, ids) : filled;
+  if constexpr (sizeof(V) == 16 && sizeof(element_t<V>) == 8) {
+    return select_exactly<V>(key, n, slots, ids);
+  } else {
+    bool doubtful = false;
+    const mask_t<V> filled = with_slots(slots, [&](auto constant) MOEYARD_INLINE_LAMBDA {
+      return select_packed<decltype(constant)::value, V>(key, n, slots, ids, doubtful);
+    });
+    return doubtful ? select_exactly<V>(key, n, slots, ids) : filled;
+  }
 }
 
 /// The K best of n keys, without their ids, in order.
