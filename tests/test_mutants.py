@@ -25,9 +25,8 @@ ROWS = "test_permute_tokens_engines.py -k rows"
 GATES = "test_topk_gating_engines.py -k any_call"
 LAST_BITS = "test_topk_gating_engines.py -k last_bits"
 FOLLOWING = "test_topk_gating_engines.py -k follow"
-PLAN, HEAVIEST, PERMUTE = (
-    f"permute_tokens/{name}" for name in ("plan_cuda.cu", "keep_heaviest.cuh", "permute_tokens_cuda.cu")
-)
+HEAVIEST, PERMUTE = (f"permute_tokens/{name}" for name in ("keep_heaviest.cuh", "permute_tokens_cuda.cu"))
+SORT, WORDS = "common/digit_sort.cuh", "common/words.cuh"
 GATE, BACKWARD, SELECT, ROW = (f"topk_gating/gate_{name}.cuh" for name in ("forward", "backward", "select", "row"))
 
 
@@ -43,7 +42,7 @@ class Mutant(NamedTuple):
 DIFFERENT = "AssertionError|Fatal Python error"  # a wrong row may become an address
 MUTANTS = {
     "removed barrier": Mutant(
-        PLAN, "p.bins, rank);\n    __syncthreads();", "p.bins, rank);", PLANS, DIFFERENT
+        SORT, "p.bins, rank);\n    __syncthreads();", "p.bins, rank);", PLANS, DIFFERENT
     ),
     "removed barrier around a reused array": Mutant(
         HEAVIEST, "  __syncthreads();\n  return before;", "  return before;", PLANS, DIFFERENT
@@ -55,10 +54,10 @@ MUTANTS = {
         PERMUTE, "row < m.plan.rows ? m.plan", "row <= m.plan.rows ? m.plan", ROWS, "heap-buffer-overflow", "address"
     ),
     "off by one, shared memory": Mutant(
-        PLAN, "b < kWarps * p.bins;", "b <= kWarps * p.bins;", PLANS, "heap-buffer-overflow", "address"
+        SORT, "b < kSortWarps * p.bins;", "b <= kSortWarps * p.bins;", PLANS, "heap-buffer-overflow", "address"
     ),
     "off by one, rank": Mutant(
-        PLAN, "count[bin[j]] + lower : 0", "count[bin[j]] + lower + 1 : 0", PLANS, DIFFERENT
+        SORT, "count[bin[j]] + lower : 0", "count[bin[j]] + lower + 1 : 0", PLANS, DIFFERENT
     ),
     "wrong lane mask": Mutant(
         PERMUTE, "kFull = 0xffffffffu", "kFull = 0x7fffffffu", ROWS, "the calling lane is not in that of"
@@ -69,12 +68,12 @@ MUTANTS = {
     "no zeros between rows": Mutant(
         BACKWARD, "if (id[r] >= 0) given[place(r)] = 0;", "(void)r;", FOLLOWING, DIFFERENT
     ),
-    "non-atomic add": Mutant(PLAN, "atomicAdd(&bins[bin[j]], 1u)", "++bins[bin[j]]", PLANS, DIFFERENT, "preempt"),
+    "non-atomic add": Mutant(SORT, "atomicAdd(&bins[bin[j]], 1u)", "++bins[bin[j]]", PLANS, DIFFERENT, "preempt"),
     "non-atomic add, as a race": Mutant(
         GATE, "atomicAdd(shared.counts + slots.id[r], 1)", "++shared.counts[slots.id[r]]", GATES, "data race", "thread"
     ),
     "misaligned vector access": Mutant(
-        PERMUTE, "bits |= reinterpret_cast<uintptr_t>(address);", "(void)address;", ROWS, "misaligned"
+        WORDS, "bits |= reinterpret_cast<uintptr_t>(address);", "(void)address;", ROWS, "misaligned"
     ),
     "unwritten output": Mutant(
         PERMUTE, "if (j < slots && (j & (team - 1))", "if (j + 1 < slots && (j & (team - 1))", ROWS, DIFFERENT

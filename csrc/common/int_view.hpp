@@ -3,16 +3,18 @@
 #pragma once
 #include <cstdint>
 
+#include "common/host_device.hpp"
+
 namespace moeyard {
 
 struct IntView {
   const void* data = nullptr;
   bool wide = true;  ///< int64 elements; false: int32
 
-  int64_t operator[](int64_t i) const {
+  MOEYARD_HD int64_t operator[](int64_t i) const {
     return wide ? static_cast<const int64_t*>(data)[i] : int64_t(static_cast<const int32_t*>(data)[i]);
   }
-  explicit operator bool() const { return data != nullptr; }
+  MOEYARD_HD explicit operator bool() const { return data != nullptr; }
 };
 
 }  // namespace moeyard

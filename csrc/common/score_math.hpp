@@ -8,11 +8,9 @@
 #include <concepts>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define MOEYARD_HD __host__ __device__ __forceinline__
-#else
+#include "common/host_device.hpp"
+#ifndef __CUDACC__
 #include "common/lanes.hpp"
-#define MOEYARD_HD MOEYARD_INLINE
 #endif
 
 namespace moeyard::score_math {

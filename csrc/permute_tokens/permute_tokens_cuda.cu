@@ -4,13 +4,12 @@
 // by. Teams are as large as the row is long, from one thread to a block, so that neighbouring threads touch
 // neighbouring words. Nothing is shared between teams and there is no atomic sum: orders depend on sizes alone.
 #include <algorithm>
-#include <cstring>
-#include <initializer_list>
 #include <type_traits>
 #include <utility>
 
 #include "common/device.cuh"
 #include "common/device_errors.hpp"
+#include "common/words.cuh"
 #include "permute_tokens/permute_tokens.hpp"
 
 namespace moeyard::cuda {
@@ -23,70 +22,10 @@ constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 constexpr int kSlots = 8;                      // of a token at a time: their rows, weights and dots stay in registers
 constexpr int kWords = 4;                      // of a row per thread, for rows longer than a warp and up to a block
 constexpr int kSumBlocks = 3, kDotBlocks = 2;  // per multiprocessor: leaves registers for kSlots words on their way
-constexpr int kVector = 16;                    // bytes of the widest word
 
 // ---- kernel -----------------------------------------------------------------------------------------------------
 
 constexpr unsigned kFull = 0xffffffffu;
-
-// The unsigned type that the hardware moves as one word.
-template <int kBytes>
-struct Bits;
-template <>
-struct Bits<1> {
-  using type = uint8_t;
-};
-template <>
-struct Bits<2> {
-  using type = uint16_t;
-};
-template <>
-struct Bits<4> {
-  using type = uint32_t;
-};
-template <>
-struct Bits<8> {
-  using type = uint64_t;
-};
-template <>
-struct Bits<16> {
-  using type = uint4;
-};
-
-// N elements that are loaded and stored together.
-template <class T, int N>
-struct alignas(N * sizeof(T)) Word {
-  T item[N];
-};
-
-// Rows are read once and written once, so they go past the first-level cache.
-template <class W>
-__device__ W load_if(bool wanted, const W* from) {
-  using B = typename Bits<sizeof(W)>::type;
-  W word;
-  B bits{};
-  if constexpr (sizeof(W) == kVector)
-    bits = load_streaming_if(wanted, reinterpret_cast<const B*>(from));
-  else if (wanted)
-    bits = __ldg(reinterpret_cast<const B*>(from));
-  memcpy(&word, &bits, sizeof(W));
-  return word;
-}
-template <class W>
-__device__ W load(const W* from) {
-  return load_if(true, from);
-}
-
-template <class W>
-__device__ void store(W* to, const W& word) {
-  using B = typename Bits<sizeof(W)>::type;
-  B bits;
-  memcpy(&bits, &word, sizeof(W));
-  if constexpr (sizeof(W) == kVector)
-    store_streaming(reinterpret_cast<B*>(to), bits);
-  else
-    *reinterpret_cast<B*>(to) = bits;
-}
 
 template <class T>
 __device__ sum_t<T> to_sum(T v) {
@@ -349,15 +288,6 @@ __global__ void __launch_bounds__(kThreads, kDotBlocks) combine_dots_kernel(Arra
 
 // ---- launcher ---------------------------------------------------------------------------------------------------
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Bytes of the widest word in which rows of row_bytes at these addresses can be moved.
-int64_t word_bytes(int64_t row_bytes, std::initializer_list<const void*> addresses) {
-  uint64_t bits = uint64_t(row_bytes) | kVector;
-  for (const void* address : addresses) bits |= reinterpret_cast<uintptr_t>(address);
-  return int64_t(bits & (0 - bits));
-}
-
 Move make_move(const Plan& plan, int64_t words, bool zeroes, unsigned* errors) {
   const int64_t threads = words <= kWarp ? words : std::max<int64_t>(kWarp, ceil_div(words, kWords));
   int bits = 0;
@@ -443,14 +373,9 @@ void permute_rows(const void* x, const Plan& plan, int64_t row_bytes, void* out,
                   void* stream) {
   const LaunchScope scope("moeyard::permute_rows", device);
   if (row_bytes == 0) return;
-  const auto s = static_cast<Stream>(stream);
-  switch (word_bytes(row_bytes, {x, out})) {
-    case 16: return copy_rows<uint4>(x, plan, row_bytes, out, errors, s);
-    case 8: return copy_rows<uint64_t>(x, plan, row_bytes, out, errors, s);
-    case 4: return copy_rows<uint32_t>(x, plan, row_bytes, out, errors, s);
-    case 2: return copy_rows<uint16_t>(x, plan, row_bytes, out, errors, s);
-    default: return copy_rows<uint8_t>(x, plan, row_bytes, out, errors, s);
-  }
+  with_word(word_bytes(row_bytes, {x, out}), [&](auto word) {
+    copy_rows<decltype(word)>(x, plan, row_bytes, out, errors, static_cast<Stream>(stream));
+  });
 }
 
 void permute_weighted(const void* x, const void* weights, const void* y, const Plan& plan, int64_t features,

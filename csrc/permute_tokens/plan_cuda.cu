@@ -1,15 +1,11 @@
-// The plan is a stable counting sort of slots by expert, as on the CPU. The slots are cut into strips, one per block:
-// their slots are counted per expert, a scan over the strips turns counts into ranks, and every strip places its slots.
-// Three launches, if there are at most kMostBins experts and capacity drops by position.
-//
-// More experts are sorted by the digits of their ids, the lowest first, three launches per digit, into a list of slots;
-// so are the slots of a plan that drops by weight. The list is then laid out and placed. No kernel waits for another
-// block, and all that the host knows are sizes.
+// The plan is a stable sort of slots by expert (common/digit_sort.cuh). If there are at most kMostBins experts and
+// capacity drops by position, its last step writes rows instead of a list: three launches. Else the sorted list of
+// slots is laid out and placed. All that the host knows are sizes.
 #include <algorithm>
-#include <utility>
 
 #include "common/device.cuh"
 #include "common/device_errors.hpp"
+#include "common/digit_sort.cuh"
 #include "permute_tokens/keep_heaviest.cuh"
 #include "permute_tokens/permute_tokens.hpp"
 
@@ -18,66 +14,24 @@ namespace {
 
 // ---- launch parameters ------------------------------------------------------------------------------------------
 
-constexpr int kThreads = 256, kWarps = kThreads / kWarp;  // count, place
-constexpr int kItems = 4;                                 // slots per thread at a time: 131,072 slots are 128 blocks
-constexpr int kTile = kThreads * kItems;
-constexpr int64_t kMostStrips = 1024;                        // then a strip has several tiles
-constexpr int kDigitBits = 10, kMostBins = 1 << kDigitBits;  // a bin has ten counters of shared memory in `place`
-constexpr int kScanWarps = 32;                               // scan: each warp has a share of the strips of 32 bins
-constexpr int kLayoutThreads = 1024;                         // one block
+constexpr int kThreads = kSortThreads;
+constexpr int kLayoutThreads = 1024;  // one block
 
 // ---- kernel -----------------------------------------------------------------------------------------------------
 
-// What one digit's kernels sort: all slots, or the list that the digit before has made.
+// The experts of slots.
+constexpr int kNotRouted = -1, kBadId = -2;
 template <class Id>
-struct Pass {
+struct Experts {
   const Id* ids;
   int64_t num_experts;
-  const int32_t* list;     // null: all slots
-  const unsigned* listed;  // how many the list holds: those that are not routed have left it
-  int64_t slots;
-  int64_t length;  // slots per strip, a multiple of kTile
-  int strips, bins, shift;
-};
 
-constexpr int kNotRouted = -1, kBadId = -2;
-
-template <class Id>
-__device__ int expert_of(const Pass<Id>& p, int64_t slot) {
-  const Id id = __ldg(p.ids + slot);
-  if (id >= 0 && int64_t(id) < p.num_experts) return int(id);
-  return id == -1 ? kNotRouted : kBadId;
-}
-
-template <class Id>
-__device__ int64_t slot_at(const Pass<Id>& p, int64_t i) {
-  return p.list ? p.list[i] : i;
-}
-
-template <class Id>
-__device__ int64_t end_of_strip(const Pass<Id>& p) {
-  const int64_t slots = p.list ? int64_t(*p.listed) : p.slots;
-  return min(slots, (blockIdx.x + 1) * p.length);
-}
-
-// Each warp takes kItems * 32 slots in a row, so that slots of lower warps, items and lanes come first.
-__device__ int64_t item(int64_t first, int j) {
-  const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
-  return first + (warp * kItems + j) * kWarp + lane;
-}
-
-// The bins of a thread's slots of the tile at `first`; negative for none.
-template <class Id>
-__device__ void load_bins(const Pass<Id>& p, int64_t first, int64_t end, int (&bin)[kItems]) {
-#pragma unroll
-  for (int j = 0; j < kItems; ++j) {
-    const int64_t i = item(first, j);
-    bin[j] = i < end ? expert_of(p, slot_at(p, i)) : kNotRouted;
+  __device__ int operator()(int64_t slot) const {
+    const Id id = __ldg(ids + slot);
+    if (id >= 0 && int64_t(id) < num_experts) return int(id);
+    return id == -1 ? kNotRouted : kBadId;
   }
-#pragma unroll
-  for (int j = 0; j < kItems; ++j)
-    if (bin[j] >= 0) bin[j] = bin[j] >> p.shift & (kMostBins - 1);
-}
+};
 
 template <class Int>
 __device__ void fill(Int* to, int64_t n, Int value) {
@@ -87,56 +41,22 @@ __device__ void fill(Int* to, int64_t n, Int value) {
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += stride) to[i] = value;
 }
 
-// What the kernels after the first count only write in part.
+// Beside the first count: what kernels after it only write in part, and bad ids.
 struct Fills {
   int32_t *slot_of_row, *row_of_slot;  // -1
   unsigned* routed;                    // 0
   int64_t rows, slots, num_experts;
+  unsigned* errors;
+
+  __device__ void see(int bin) const {
+    if (bin == kBadId) atomicOr(errors, unsigned(kBadExpertId));
+  }
+  __device__ void finish() const {
+    fill(slot_of_row, rows, -1);
+    fill(row_of_slot, slots, -1);
+    fill(routed, num_experts, 0u);
+  }
 };
-
-// counts[strip][bin].
-template <class Id>
-__global__ void __launch_bounds__(kThreads) count_kernel(Pass<Id> p, Fills fills, unsigned* counts, unsigned* errors) {
-  CU_SHARED(unsigned, bins, [kMostBins]);
-  for (int b = threadIdx.x; b < p.bins; b += kThreads) bins[b] = 0;
-  __syncthreads();
-  const int64_t end = end_of_strip(p);
-  for (int64_t first = blockIdx.x * p.length; first < end; first += kTile) {
-    int bin[kItems];
-    load_bins(p, first, end, bin);
-#pragma unroll
-    for (int j = 0; j < kItems; ++j) {
-      if (bin[j] >= 0) atomicAdd(&bins[bin[j]], 1u);
-      if (bin[j] == kBadId) atomicOr(errors, unsigned(kBadExpertId));
-    }
-  }
-  fill(fills.slot_of_row, fills.rows, -1);
-  fill(fills.row_of_slot, fills.slots, -1);
-  fill(fills.routed, fills.num_experts, 0u);
-  __syncthreads();
-  for (int b = threadIdx.x; b < p.bins; b += kThreads) counts[int64_t(blockIdx.x) * p.bins + b] = bins[b];
-}
-
-// Counts become those of the strips before, and their totals `routed`.
-__global__ void __launch_bounds__(kScanWarps* kWarp)
-    scan_kernel(unsigned* counts, int strips, int bins, unsigned* routed) {
-  CU_SHARED(unsigned, sums, [kScanWarps][kWarp]);
-  const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
-  const int bin = int(blockIdx.x) * kWarp + lane, share = (strips + kScanWarps - 1) / kScanWarps;
-  const int begin = warp * share, end = bin < bins ? min(strips, begin + share) : 0;
-  unsigned sum = 0;
-  for (int s = begin; s < end; ++s) sum += counts[int64_t(s) * bins + bin];
-  sums[warp][lane] = sum;
-  __syncthreads();
-  unsigned before = 0;
-  for (int w = 0; w < warp; ++w) before += sums[w][lane];
-  for (int s = begin; s < end; ++s) {
-    const unsigned here = counts[int64_t(s) * bins + bin];
-    counts[int64_t(s) * bins + bin] = before;
-    before += here;
-  }
-  if (warp == kScanWarps - 1 && bin < bins) routed[bin] = before;
-}
 
 // How experts share the rows, in 32 bits: nothing here reaches 2^31.
 struct Shares {
@@ -146,37 +66,15 @@ struct Shares {
 
 // Sums over the experts before one.
 struct Extent {
-  unsigned slots, rows, kept;
-  __device__ void add(const Extent& o) { slots += o.slots, rows += o.rows, kept += o.kept; }
+  unsigned slots = 0, rows = 0, kept = 0;
+  __device__ Extent operator+(const Extent& o) const { return {slots + o.slots, rows + o.rows, kept + o.kept}; }
 };
 
-// The sum over the threads before this one; `total` grows by that over all. For a whole block.
-__device__ Extent scan_block(const Extent& mine, Extent& total) {
-  CU_SHARED(Extent, sums, [kLayoutThreads / kWarp]);
-  const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
-  Extent sum = mine;
-  for (int d = 1; d < kWarp; d *= 2) {
-    const Extent below{__shfl_up_sync(kFull, sum.slots, d), __shfl_up_sync(kFull, sum.rows, d),
-                       __shfl_up_sync(kFull, sum.kept, d)};
-    if (lane >= d) sum.add(below);
-  }
-  if (lane == kWarp - 1) sums[warp] = sum;
-  __syncthreads();
-  Extent before = total;
-  for (int w = 0; w < int(blockDim.x) / kWarp; ++w) {
-    if (w < warp) before.add(sums[w]);
-    total.add(sums[w]);
-  }
-  __syncthreads();
-  before.add({sum.slots - mine.slots, sum.rows - mine.rows, sum.kept - mine.kept});
-  return before;
-}
-
 // Calls visit(expert, sums before it, its own) for every expert, each by one thread of the block, and returns the sums.
-template <class Visit>
+template <int kBlock, class Visit>
 __device__ Extent lay_out(const unsigned* routed, const Shares& q, Visit visit) {
   Extent total{};
-  for (int64_t base = 0; base < q.num_experts; base += blockDim.x) {
+  for (int64_t base = 0; base < q.num_experts; base += kBlock) {
     const int64_t e = base + threadIdx.x;
     Extent mine{};
     if (e < q.num_experts) {
@@ -184,7 +82,9 @@ __device__ Extent lay_out(const unsigned* routed, const Shares& q, Visit visit) 
       mine.kept = min(mine.slots, q.capacity);
       mine.rows = q.align == 1 ? mine.kept : (mine.kept + q.align - 1) / q.align * q.align;
     }
-    const Extent before = scan_block(mine, total);
+    Extent sum = mine;
+    const Extent below = sum_of_lanes(sum);
+    const Extent before = sum_of_warps<kBlock / 32>(sum, total) + below;
     if (e < q.num_experts) visit(e, before, mine);
   }
   return total;
@@ -195,70 +95,18 @@ __device__ void write_expert(const PlanArrays& out, int64_t e, const Extent& bef
   out.offsets[e] = int32_t(before.rows + mine.rows);
 }
 
-// Ranks of a thread's slots among those of their bin in the warp, which `count` holds in the end; it begins with zeros.
-__device__ void rank_in_warp(const int (&bin)[kItems], unsigned* count, unsigned (&rank)[kItems]) {
-  const unsigned lower_lanes = (1u << threadIdx.x % kWarp) - 1;
-#pragma unroll
-  for (int j = 0; j < kItems; ++j) {
-    const unsigned same = __match_any_sync(kFull, bin[j]);
-    const unsigned lower = unsigned(__popc(same & lower_lanes));
-    rank[j] = bin[j] >= 0 ? count[bin[j]] + lower : 0;
-    __syncwarp();
-    if (bin[j] >= 0 && lower == 0) count[bin[j]] += unsigned(__popc(same));
-    __syncwarp();
-  }
-}
-
-// Places the slots of a strip, stably. `next`: the place of the bins' next slots; `counts`: [kWarps][bins].
-template <class Id, class Put>
-__device__ void place_strip(const Pass<Id>& p, int64_t end, int (&bin)[kItems], unsigned* next, unsigned* counts,
-                            Put put) {
-  const int warp = int(threadIdx.x) / kWarp;
-  for (int64_t first = blockIdx.x * p.length; first < end; first += kTile) {
-    for (int b = threadIdx.x; b < kWarps * p.bins; b += kThreads) counts[b] = 0;
-    __syncthreads();
-    unsigned rank[kItems];
-    rank_in_warp(bin, counts + warp * p.bins, rank);
-    __syncthreads();
-    for (int b = threadIdx.x; b < p.bins; b += kThreads) {
-      unsigned place = next[b];
-      for (int w = 0; w < kWarps; ++w) {
-        const unsigned here = counts[w * p.bins + b];
-        counts[w * p.bins + b] = place;
-        place += here;
-      }
-      next[b] = place;
-    }
-    __syncthreads();
-#pragma unroll
-    for (int j = 0; j < kItems; ++j) {
-      const int64_t i = item(first, j);
-      if (i < end) put(i, bin[j], bin[j] >= 0 ? counts[warp * p.bins + bin[j]] + rank[j] : 0u);
-    }
-    load_bins(p, first + kTile, end, bin);
-    __syncthreads();
-  }
-}
-
-// The strip's ranks, before anything waits: `lay_out` gives each bin to the thread that has loaded it.
-template <class Id>
-__device__ void load_ranks(const Pass<Id>& p, const unsigned* ranks, unsigned* next) {
-#pragma unroll 4
-  for (int b = threadIdx.x; b < p.bins; b += kThreads) next[b] = ranks[int64_t(blockIdx.x) * p.bins + b];
-}
-
 // The last step of a plan by position for few experts: slots to rows. Every block lays the experts out for itself,
 // which is cheaper than a launch.
 template <class Id>
-__global__ void __launch_bounds__(kThreads)
-    place_rows_kernel(Pass<Id> p, Shares q, const unsigned* ranks, const unsigned* routed, PlanArrays out) {
+__global__ void __launch_bounds__(kThreads) place_rows_kernel(SortPass<Experts<Id>> p, Shares q, const unsigned* ranks,
+                                                              const unsigned* routed, PlanArrays out) {
   CU_DYN_SHARED(unsigned, shared);
   unsigned *const next = shared, *const limit = next + p.bins, *const counts = limit + p.bins;
-  const int64_t end = end_of_strip(p);
-  int bin[kItems];
+  const int64_t end = p.end_of_strip();
+  int bin[kSortItems];
   load_bins(p, blockIdx.x * p.length, end, bin);
   load_ranks(p, ranks, next);
-  const Extent all = lay_out(routed, q, [&](int64_t e, const Extent& before, const Extent& mine) {
+  const Extent all = lay_out<kThreads>(routed, q, [&](int64_t e, const Extent& before, const Extent& mine) {
     next[e] += before.rows;
     limit[e] = before.rows + mine.kept;
     if (blockIdx.x == 0) write_expert(out, e, before, mine);
@@ -271,40 +119,21 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-// One step of a sort: slots to their place in the next list.
-template <class Id>
-__global__ void __launch_bounds__(kThreads)
-    place_in_list_kernel(Pass<Id> p, const unsigned* ranks, const unsigned* totals, int32_t* list, unsigned* listed) {
-  CU_DYN_SHARED(unsigned, shared);
-  unsigned *const next = shared, *const counts = next + p.bins;
-  const int64_t end = end_of_strip(p);
-  int bin[kItems];
-  load_bins(p, blockIdx.x * p.length, end, bin);
-  load_ranks(p, ranks, next);
-  const Shares all_bins{p.bins, 0, 1};
-  const Extent all =
-      lay_out(totals, all_bins, [&](int64_t b, const Extent& before, const Extent&) { next[b] += before.slots; });
-  if (listed && blockIdx.x == 0 && threadIdx.x == 0) *listed = all.slots;
-  place_strip(p, end, bin, next, counts, [&](int64_t i, int b, unsigned place) {
-    if (b >= 0) list[place] = int32_t(slot_at(p, i));
-  });
-}
-
 // Lengths of the runs of a sorted list, as the difference of their ends.
 template <class Id>
-__global__ void __launch_bounds__(kThreads) measure_runs_kernel(Pass<Id> p, unsigned* routed) {
+__global__ void __launch_bounds__(kThreads) measure_runs_kernel(SortPass<Experts<Id>> p, unsigned* routed) {
   const int64_t n = *p.listed, i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i < n) {
-    const int e = expert_of(p, p.list[i]);
-    if (i == 0 || expert_of(p, p.list[i - 1]) != e) atomicAdd(&routed[e], 0u - unsigned(i));
-    if (i + 1 == n || expert_of(p, p.list[i + 1]) != e) atomicAdd(&routed[e], unsigned(i) + 1);
+    const int e = p.keys(p.list[i]);
+    if (i == 0 || p.keys(p.list[i - 1]) != e) atomicAdd(&routed[e], 0u - unsigned(i));
+    if (i + 1 == n || p.keys(p.list[i + 1]) != e) atomicAdd(&routed[e], unsigned(i) + 1);
   }
 }
 
 // One block. start[e]: the first place of the expert's slots in the list.
 __global__ void __launch_bounds__(kLayoutThreads)
     lay_out_kernel(Shares q, const unsigned* routed, unsigned* start, PlanArrays out) {
-  const Extent all = lay_out(routed, q, [&](int64_t e, const Extent& before, const Extent& mine) {
+  const Extent all = lay_out<kLayoutThreads>(routed, q, [&](int64_t e, const Extent& before, const Extent& mine) {
     start[e] = before.slots;
     write_expert(out, e, before, mine);
   });
@@ -312,11 +141,12 @@ __global__ void __launch_bounds__(kLayoutThreads)
 }
 
 template <class Id>
-__global__ void __launch_bounds__(kThreads) place_list_kernel(Pass<Id> p, const unsigned* start, PlanArrays out) {
+__global__ void __launch_bounds__(kThreads)
+    place_list_kernel(SortPass<Experts<Id>> p, const unsigned* start, PlanArrays out) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i < int64_t(*p.listed)) {
     const int32_t slot = p.list[i];
-    const int e = expert_of(p, slot);
+    const int e = p.keys(slot);
     const int rank = int(unsigned(i) - start[e]), row = first_row(out.offsets, e) + rank;
     if (rank < out.counts[e]) {
       out.row_of_slot[slot] = row;
@@ -327,77 +157,23 @@ __global__ void __launch_bounds__(kThreads) place_list_kernel(Pass<Id> p, const 
 
 // ---- launcher ---------------------------------------------------------------------------------------------------
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // How a request is worked on, and where in the workspace what lies.
 struct Work {
-  int64_t slots, length;
-  int strips, bins, digits;
+  SortShape shape;
   bool sorts;  // into a list first
-  unsigned *counts, *totals, *listed, *start, *routed;
-  int32_t* list[2];
-  int64_t bytes;
+  SortRoom room;
+  unsigned *start, *routed;  // of a list
+
+  Work(const PlanRequest& q, Workspace& w)
+      : shape(q.tokens * q.k, q.num_experts - 1), sorts(q.weights || shape.digits > 1), room(shape, sorts, w) {
+    start = w.take<unsigned>(sorts ? q.num_experts : 0);
+    routed = shape.digits > 1 ? w.take<unsigned>(q.num_experts) : room.totals;
+  }
 };
 
-Work make_work(const PlanRequest& q, void* workspace) {
-  Work w{};
-  w.slots = q.tokens * q.k;
-  const int64_t tiles = std::max<int64_t>(1, ceil_div(w.slots, kTile));
-  w.length = ceil_div(tiles, kMostStrips) * kTile;
-  w.strips = int(ceil_div(tiles * kTile, w.length));
-  w.bins = int(std::min<int64_t>(q.num_experts, kMostBins));
-  while (w.digits == 0 || q.num_experts - 1 >> w.digits * kDigitBits) ++w.digits;
-  w.sorts = q.weights || w.digits > 1;
-  auto* const base = static_cast<unsigned*>(workspace);
-  int64_t used = 0;
-  const auto take = [&](int64_t items) { return base + std::exchange(used, used + items); };
-  w.counts = take(int64_t(w.strips) * w.bins);
-  w.totals = take(w.bins);
-  if (w.sorts) {
-    w.listed = take(1);
-    w.start = take(q.num_experts);
-    w.routed = w.digits > 1 ? take(q.num_experts) : w.totals;
-    for (int i = 0; i < std::min(w.digits, 2); ++i) w.list[i] = reinterpret_cast<int32_t*>(take(w.slots));
-  }
-  w.bytes = used * int64_t(sizeof(unsigned));
-  return w;
-}
-
-template <class Id>
-Pass<Id> make_pass(const PlanRequest& q, const Work& w, const int32_t* list, int digit) {
-  const int shift = digit * kDigitBits;
-  const int bins = int(std::min<int64_t>((q.num_experts - 1 >> shift) + 1, kMostBins));
-  return {
-      static_cast<const Id*>(q.experts.data), q.num_experts, list, w.listed, w.slots, w.length, w.strips, bins, shift};
-}
-
-Shares make_shares(const PlanRequest& q, const Work& w) {
+Shares make_shares(const PlanRequest& q) {
   constexpr int64_t kMost = (int64_t(1) << 31) - 1;  // a larger align pads no row: there are none
-  return {q.num_experts, unsigned(std::min(q.capacity, w.slots)), unsigned(std::min(q.align, kMost))};
-}
-
-template <class Id>
-void count_strips(const Pass<Id>& pass, const Fills& fills, const Work& w, unsigned* errors, Stream stream) {
-  cu_launch(count_kernel<Id>, dim3(pass.strips), dim3(kThreads), 0, stream, pass, fills, w.counts, errors);
-  cu_launch(scan_kernel, dim3(unsigned(ceil_div(pass.bins, kWarp))), dim3(kScanWarps * kWarp), 0, stream, w.counts,
-            pass.strips, pass.bins, w.totals);
-}
-
-// Sorts all routed slots by expert and returns the list as a pass over it.
-template <class Id>
-Pass<Id> sort_slots(const PlanRequest& q, const PlanArrays& out, const Work& w, unsigned* errors, Stream stream) {
-  const int32_t* list = nullptr;
-  Fills fills{out.slot_of_row, out.row_of_slot, w.digits > 1 ? w.routed : nullptr, q.rows, w.slots, q.num_experts};
-  for (int digit = 0; digit < w.digits; ++digit) {
-    const Pass<Id> pass = make_pass<Id>(q, w, list, digit);
-    count_strips(pass, fills, w, errors, stream);
-    cu_launch(place_in_list_kernel<Id>, dim3(pass.strips), dim3(kThreads),
-              size_t(1 + kWarps) * pass.bins * sizeof(unsigned), stream, pass, w.counts, w.totals, w.list[digit % 2],
-              digit == 0 ? w.listed : nullptr);
-    list = w.list[digit % 2];
-    fills = {};
-  }
-  return make_pass<Id>(q, w, list, 0);
+  return {q.num_experts, unsigned(std::min(q.capacity, q.tokens * q.k)), unsigned(std::min(q.align, kMost))};
 }
 
 void keep_heaviest(const PlanRequest& q, const PlanArrays& out, const Work& w, const int32_t* list, Stream stream) {
@@ -412,17 +188,23 @@ void keep_heaviest(const PlanRequest& q, const PlanArrays& out, const Work& w, c
 
 template <class Id>
 void plan(const PlanRequest& q, const PlanArrays& out, const Work& w, unsigned* errors, Stream stream) {
-  const Shares shares = make_shares(q, w);
+  const Shares shares = make_shares(q);
+  const Experts<Id> experts{static_cast<const Id*>(q.experts.data), q.num_experts};
+  const int64_t slots = w.shape.items;
   if (!w.sorts) {
-    const Pass<Id> pass = make_pass<Id>(q, w, nullptr, 0);
-    count_strips(pass, {out.slot_of_row, nullptr, nullptr, q.rows, 0, 0}, w, errors, stream);
-    cu_launch(place_rows_kernel<Id>, dim3(pass.strips), dim3(kThreads),
-              size_t(2 + kWarps) * pass.bins * sizeof(unsigned), stream, pass, shares, w.counts, w.totals, out);
+    const auto pass = make_pass(experts, w.shape, w.room, nullptr, 0);
+    count_digit(pass, Fills{out.slot_of_row, nullptr, nullptr, q.rows, 0, 0, errors}, w.room, stream);
+    cu_launch(place_rows_kernel<Id>, dim3(unsigned(pass.strips)), dim3(kThreads),
+              size_t(2 + kSortWarps) * pass.bins * sizeof(unsigned), stream, pass, shares, w.room.counts, w.room.totals,
+              out);
     return;
   }
-  const Pass<Id> sorted = sort_slots<Id>(q, out, w, errors, stream);
-  const dim3 blocks(unsigned(std::max<int64_t>(1, ceil_div(w.slots, kThreads))));
-  if (w.digits > 1) cu_launch(measure_runs_kernel<Id>, blocks, dim3(kThreads), 0, stream, sorted, w.routed);
+  const bool measures = w.shape.digits > 1;  // else the totals of the only digit are the experts'
+  const Fills fills{out.slot_of_row, out.row_of_slot, measures ? w.routed : nullptr, q.rows, slots,
+                    q.num_experts,   errors};
+  const auto sorted = sort_items(experts, w.shape, w.room, fills, stream);
+  const dim3 blocks(unsigned(std::max<int64_t>(1, (slots + kThreads - 1) / kThreads)));
+  if (measures) cu_launch(measure_runs_kernel<Id>, blocks, dim3(kThreads), 0, stream, sorted, w.routed);
   cu_launch(lay_out_kernel, dim3(1), dim3(kLayoutThreads), 0, stream, shares, w.routed, w.start, out);
   if (q.weights)
     keep_heaviest(q, out, w, sorted.list, stream);
@@ -432,12 +214,17 @@ void plan(const PlanRequest& q, const PlanArrays& out, const Work& w, unsigned* 
 
 }  // namespace
 
-int64_t plan_permutation_workspace(const PlanRequest& q) { return make_work(q, nullptr).bytes; }
+int64_t plan_permutation_workspace(const PlanRequest& q) {
+  Workspace workspace(nullptr);
+  Work(q, workspace);
+  return workspace.bytes();
+}
 
 void plan_permutation(const PlanRequest& q, const PlanArrays& out, void* workspace, unsigned* errors, int device,
                       void* stream) {
   const LaunchScope scope("moeyard::plan_permutation", device);
-  const Work w = make_work(q, workspace);
+  Workspace parts(workspace);
+  const Work w(q, parts);
   // Nothing is returned early: a plan of no slots still has counts and offsets to write.
   if (q.experts.wide)
     plan<int64_t>(q, out, w, errors, static_cast<Stream>(stream));
