@@ -49,8 +49,6 @@ std::vector<Graph> match_graphs(const PointSet& points, const PointSet& centres)
     for (const Run& p : of_points) graphs.push_back({p.id, p.begin, p.end, p.begin, p.end});
     return graphs;
   }
-  if (points.ptr && centres.ptr && points.num_graphs != centres.num_graphs)
-    fail_value("ptr_y: expected as many graphs as ptr_x has (", points.num_graphs, "), got ", centres.num_graphs);
   const std::vector<Run> of_centres = graph_runs(centres, centre_names());
   for (size_t p = 0, c = 0; p < of_points.size() && c < of_centres.size();) {
     const Run &a = of_points[p], &b = of_centres[c];

@@ -9,18 +9,10 @@
 
 #include "common/check.hpp"
 #include "common/parallel.hpp"
+#include "radius_graph/check_request.hpp"
 #include "radius_graph/radius_graph.hpp"
 
 namespace moeyard::cpu {
-
-/// What the caller calls the arguments: `radius` has x and y, the others pos alone.
-struct Names {
-  const char *xyz, *batch, *ptr;
-};
-inline Names point_names(bool two_sets) {
-  return two_sets ? Names{"x", "batch_x", "ptr_x"} : Names{"pos", "batch", "ptr"};
-}
-inline Names centre_names() { return {"y", "batch_y", "ptr_y"}; }
 
 struct Graph {
   int64_t id, begin, end, centre_begin, centre_end;

@@ -7,74 +7,19 @@
 #include "common/check.hpp"
 
 namespace moeyard::cpu {
+
+using lattice_math::dot;
+using lattice_math::kInfinity;
+using lattice_math::norm;
+
 namespace {
 
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-// Unit vectors that span less than this are called dependent: their images could not be enumerated anyway.
-constexpr double kSingular = 1e-8;
 // Keeps n - floor + floor within int32.
 constexpr double kMaxCells = 1 << 28;
 // Images of one graph's points: some gigabytes. More is a distance in the wrong unit, and would fill any memory.
 constexpr double kMaxImages = 1 << 27;
 
-double dot(const double* a, const double* b) { return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]; }
-double norm(const double* a) { return std::hypot(a[0], a[1], a[2]); }
-// A zero vector becomes NaN, which the test for a singular cell catches.
-void normalize(double* a) {
-  const double length = norm(a);
-  for (int c = 0; c < 3; ++c) a[c] /= length;
-}
-void cross(const double* a, const double* b, double* out) {
-  for (int c = 0; c < 3; ++c) out[c] = a[(c + 1) % 3] * b[(c + 2) % 3] - a[(c + 2) % 3] * b[(c + 1) % 3];
-}
-
-// Replaces the unit vectors of non-periodic axes by such that are orthogonal to the periodic ones.
-void complete(const bool* periodic, double unit[3][3]) {
-  const int count = periodic[0] + periodic[1] + periodic[2];
-  for (int k = 0; k < 3; ++k) {
-    if (periodic[k]) continue;
-    double *u = unit[k], *a = unit[(k + 1) % 3], *b = unit[(k + 2) % 3];
-    if (count == 0) {
-      for (int c = 0; c < 3; ++c) u[c] = c == k;
-    } else if (count == 1 && !periodic[(k + 1) % 3]) {
-      // Two free axes in a row: the first is across b and the coordinate axis in which b is smallest.
-      int c = 0;
-      for (int d = 1; d < 3; ++d)
-        if (std::abs(b[d]) < std::abs(b[c])) c = d;
-      const double axis[3] = {double(c == 0), double(c == 1), double(c == 2)};
-      cross(b, axis, u);
-      cross(b, u, a);
-      normalize(u), normalize(a);
-      return;
-    } else if (count == 2) {
-      cross(a, b, u);
-      normalize(u);
-    }
-  }
-}
-
-template <class T>
-bool read_cell(const Periodicity& p, int64_t graph, Lattice& lattice, double* length, double unit[3][3]) {
-  const T* cell = static_cast<const T*>(p.cell) + (p.num_cells < 0 ? 0 : 9 * graph);
-  const bool* pbc = p.pbc ? p.pbc + (p.num_pbc < 0 ? 0 : 3 * graph) : nullptr;
-  bool finite = true;
-  for (int k = 0; k < 3; ++k) {
-    lattice.periodic[k] = pbc ? pbc[k] : true;
-    for (int c = 0; c < 3; ++c) finite &= std::isfinite(lattice.vector[k][c] = double(cell[3 * k + c]));
-    length[k] = norm(lattice.vector[k]);
-    for (int c = 0; c < 3; ++c) unit[k][c] = length[k] > 0 ? lattice.vector[k][c] / length[k] : 0;
-  }
-  return finite;
-}
-
 }  // namespace
-
-double Lattice::shortest() const {
-  double best = kInfinity;
-  for (int k = 0; k < 3; ++k)
-    if (periodic[k]) best = std::min(best, norm(vector[k]));
-  return best;
-}
 
 template <class T>
 Lattice make_lattice(const Periodicity& p, int64_t graph) {
@@ -83,23 +28,13 @@ Lattice make_lattice(const Periodicity& p, int64_t graph) {
   if (p.num_pbc >= 0 && graph >= p.num_pbc)
     fail_value("pbc: expected a row for every graph, got ", p.num_pbc, " rows for graph id ", graph);
   Lattice lattice{};
-  double length[3], unit[3][3];
-  if (!read_cell<T>(p, graph, lattice, length, unit))
+  const T* cell = static_cast<const T*>(p.cell) + (p.num_cells < 0 ? 0 : 9 * graph);
+  const bool* pbc = p.pbc ? p.pbc + (p.num_pbc < 0 ? 0 : 3 * graph) : nullptr;
+  const LatticeFault fault = find_lattice(cell, pbc, lattice);
+  if (fault == LatticeFault::not_finite)
     fail_value("cell: expected finite vectors, got a non-finite one for graph ", graph);
-  complete(lattice.periodic, unit);
-  double normal[3][3];
-  for (int k = 0; k < 3; ++k) cross(unit[(k + 1) % 3], unit[(k + 2) % 3], normal[k]);
-  const double volume = dot(unit[0], normal[0]);
-  if (!(std::abs(volume) > kSingular))
+  if (fault == LatticeFault::singular)
     fail_value("cell: expected linearly independent periodic vectors, got a singular cell for graph ", graph);
-  for (int k = 0; k < 3; ++k) {
-    const double scale = lattice.periodic[k] ? length[k] : 1;
-    for (int c = 0; c < 3; ++c) {
-      lattice.reciprocal[k][c] = normal[k][c] / (volume * scale);
-      if (!lattice.periodic[k]) lattice.vector[k][c] = 0;
-    }
-    lattice.spacing[k] = lattice.periodic[k] ? std::abs(volume) * length[k] / norm(normal[k]) : kInfinity;
-  }
   return lattice;
 }
 

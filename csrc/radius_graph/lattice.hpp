@@ -6,20 +6,10 @@
 #include <vector>
 
 #include "radius_graph/geometry.hpp"
+#include "radius_graph/lattice_math.hpp"
 #include "radius_graph/radius_graph.hpp"
 
 namespace moeyard::cpu {
-
-/// The cell of one graph. Along non-periodic axes the caller's vector is ignored; a unit vector across takes its place.
-struct Lattice {
-  bool periodic[3];
-  double vector[3][3];
-  double reciprocal[3][3];  // fractional coordinate k of p is dot(p, reciprocal[k])
-  double spacing[3];        // between lattice planes; infinite along non-periodic axes
-
-  bool any() const { return periodic[0] || periodic[1] || periodic[2]; }
-  double shortest() const;
-};
 
 /// Throws for non-finite cells, for periodic vectors that are zero or (nearly) dependent, and for graphs without a
 /// cell.

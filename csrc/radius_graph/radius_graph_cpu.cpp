@@ -87,19 +87,10 @@ template <class T>
 RadiusHits search(const PointSet& points, const PointSet& centres, const Periodicity& periodic,
                   const RadiusOptions& options, int threads) {
   const bool same = centres.xyz == nullptr;
-  const T r = T(options.r), r2 = r * r;
-  if (options.k < 1 && !(std::isfinite(r2) && r > 0 && r2 > 0))
-    fail_value("r: expected a finite distance > 0 whose square is positive and finite in the dtype of ",
-               point_names(!same).xyz, ", got ", options.r);
+  check_request<T>(points, centres, periodic, options);
   check_finite<T>(points, point_names(!same).xyz, threads);
   if (!same) check_finite<T>(centres, centre_names().xyz, threads);
   const PointSet& homes = same ? points : centres;
-  for (const PointSet* set : {&points, &homes}) {
-    if (periodic.num_cells >= 0 && set->ptr && set->num_graphs != periodic.num_cells)
-      fail_value("cell: expected one cell per graph (", set->num_graphs, "), got ", periodic.num_cells);
-    if (periodic.num_pbc >= 0 && set->ptr && set->num_graphs != periodic.num_pbc)
-      fail_value("pbc: expected one row per graph (", set->num_graphs, "), got ", periodic.num_pbc);
-  }
   const std::vector<Graph> graphs = match_graphs(points, centres);
 
   RadiusHits hits;
@@ -107,8 +98,9 @@ RadiusHits search(const PointSet& points, const PointSet& centres, const Periodi
   if (!same) hits.store->clear();
   std::atomic<int64_t> truncated{0};
   const Pairs<T> pairs{static_cast<const T*>(points.xyz), static_cast<const T*>(homes.xyz), same};
+  const T r = T(options.r);
   const SearchCall<T> call{
-      pairs, r2, options, periodic, pick_scan<T>(simd_level()), pick_order(simd_level()), *hits.store, truncated};
+      pairs, r * r, options, periodic, pick_scan<T>(simd_level()), pick_order(simd_level()), *hits.store, truncated};
   search_graphs(call, graphs, threads);
   hits.num_edges = hits.store->finish();
   if (options.symmetric && options.max_neighbors > 0) {
