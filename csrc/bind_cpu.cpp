@@ -94,7 +94,7 @@ PYBIND11_MODULE(_cpu, m) {
       },
       "y"_a, "weights"_a, "x"_a, "plan"_a, "features"_a, "dtype"_a, "out"_a, "dots"_a, "threads"_a, NoGil());
 
-  py::class_<moeyard::PackRequest>(m, "PackRequest")
+  py::class_<moeyard::PackRequest>(m, "PackRequest", py::module_local())
       .def(py::init([](Ints sizes, int64_t samples, Ints order, int64_t length, Ints segments, Ints sizes2,
                        int64_t budget, int64_t budget2, int64_t max_samples, int64_t lookahead, int oversize) {
              return moeyard::PackRequest{view(sizes),
@@ -132,7 +132,7 @@ PYBIND11_MODULE(_cpu, m) {
       },
       "request"_a, "plan"_a, "batch_of_position"_a, "index"_a, "ptr"_a, "fill"_a, "skipped"_a, NoGil());
 
-  py::class_<moeyard::SegmentsRequest>(m, "SegmentsRequest")
+  py::class_<moeyard::SegmentsRequest>(m, "SegmentsRequest", py::module_local())
       .def(py::init([](Ints ptr, int64_t num_segments, int64_t num_values, Ints index, int64_t count) {
              return moeyard::SegmentsRequest{view(ptr), num_segments, num_values, view(index), count};
            }),
@@ -198,12 +198,12 @@ PYBIND11_MODULE(_cpu, m) {
       "problem"_a, "logits"_a, "experts"_a, "mask"_a, "grad_weights"_a, "grad_score_sum"_a, "grad_weight_sum"_a,
       "grad_logsumexp_sq"_a, "grad_entropy_sum"_a, "grad_logits"_a, "threads"_a, NoGil());
 
-  py::class_<moeyard::PointSet>(m, "PointSet")
+  py::class_<moeyard::PointSet>(m, "PointSet", py::module_local())
       .def(py::init([](Address xyz, int64_t count, Address batch, Address ptr, int64_t num_graphs) {
              return moeyard::PointSet{at(xyz), count, at<int64_t>(batch), at<int64_t>(ptr), num_graphs};
            }),
            "xyz"_a, "count"_a, "batch"_a, "ptr"_a, "num_graphs"_a);
-  py::class_<moeyard::Periodicity>(m, "Periodicity")
+  py::class_<moeyard::Periodicity>(m, "Periodicity", py::module_local())
       .def(py::init([](Address cell, int64_t num_cells, Address pbc, int64_t num_pbc) {
              return moeyard::Periodicity{at(cell), num_cells, at<bool>(pbc), num_pbc};
            }),
@@ -211,10 +211,10 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<moeyard::cpu::RadiusHits>(m, "RadiusHits")
       .def_readonly("num_edges", &moeyard::cpu::RadiusHits::num_edges)
       .def_readonly("truncated", &moeyard::cpu::RadiusHits::truncated);
-  py::class_<moeyard::cpu::RadiusEdges>(m, "RadiusEdges")
+  py::class_<moeyard::RadiusEdges>(m, "RadiusEdges", py::module_local())
       .def(py::init([](int64_t capacity, Address num_edges, Address centre, Address neighbour, Address distance,
                        Address vector, Address cell_shift, Address grad_distance, Address grad_vector) {
-             return moeyard::cpu::RadiusEdges{
+             return moeyard::RadiusEdges{
                  capacity,   at<int64_t>(num_edges),  at<int64_t>(centre), at<int64_t>(neighbour), at(distance),
                  at(vector), at<int32_t>(cell_shift), at(grad_distance),   at(grad_vector)};
            }),
@@ -247,7 +247,7 @@ PYBIND11_MODULE(_cpu, m) {
       "threads"_a, NoGil());
   m.def(
       "radius_graph_backward",
-      [](int dtype, const moeyard::cpu::RadiusEdges& edges, int64_t num_points, const moeyard::PointSet& centres,
+      [](int dtype, const moeyard::RadiusEdges& edges, int64_t num_points, const moeyard::PointSet& centres,
          int64_t num_cells, Address grad_points, Address grad_centres, Address grad_cell, int threads) {
         moeyard::cpu::radius_graph_backward(moeyard::DType(dtype), edges, num_points, centres, num_cells,
                                             at(grad_points), at(grad_centres), at(grad_cell), threads);
@@ -256,7 +256,7 @@ PYBIND11_MODULE(_cpu, m) {
       "grad_cell"_a, "threads"_a, NoGil());
   m.def(
       "radius_graph_double_backward",
-      [](int dtype, const moeyard::cpu::RadiusEdges& edges, int64_t num_points, const moeyard::PointSet& centres,
+      [](int dtype, const moeyard::RadiusEdges& edges, int64_t num_points, const moeyard::PointSet& centres,
          int64_t num_cells, Address gg_points, Address gg_centres, Address gg_cell, Address to_grad_distance,
          Address to_grad_vector, Address to_distance, Address to_vector, int threads) {
         moeyard::cpu::radius_graph_double_backward(moeyard::DType(dtype), edges, num_points, centres, num_cells,

@@ -1,4 +1,5 @@
 // Module _cuda: m.def lines only. Pointers and streams arrive as integers; the GIL is released around every launch.
+// Classes of requests that are not defined here are _cpu's, which is loaded first.
 // The module's absence from the wheel is what "built without CUDA" means (see python/moeyard/_native.py).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -8,7 +9,9 @@
 #include "bind_views.hpp"
 #include "common/device_errors.hpp"
 #include "identity/identity.hpp"
+#include "pack_batches/pack_batches.hpp"
 #include "permute_tokens/permute_tokens.hpp"
+#include "radius_graph/radius_graph.hpp"
 #include "topk_gating/topk_gating.hpp"
 
 namespace py = pybind11;
@@ -72,7 +75,54 @@ PYBIND11_MODULE(_cuda, m) {
       },
       "y"_a, "weights"_a, "x"_a, "plan"_a, "features"_a, "dtype"_a, "out"_a, "dots"_a, "errors"_a, "device"_a,
       "stream"_a, NoGil());
-  // GatingProblem is registered by _cpu, which is loaded first.
+  m.def("pack_batches_workspace", &moeyard::cuda::pack_batches_workspace, "request"_a);
+  m.def(
+      "pack_batches",
+      [](const moeyard::PackRequest& request, Address index, Address summary, Address workspace, int device,
+         Address stream) {
+        moeyard::cuda::pack_batches(request, at<int64_t>(index), at<moeyard::cuda::PackSummary>(summary), at(workspace),
+                                    device, at(stream));
+      },
+      "request"_a, "index"_a, "summary"_a, "workspace"_a, "device"_a, "stream"_a, NoGil());
+  m.def(
+      "pack_batches_fill",
+      [](const moeyard::PackRequest& request, Address index, Address summary, int64_t batches, Address workspace,
+         Address ptr, Address fill, int device, Address stream) {
+        moeyard::cuda::pack_batches_fill(request, at<int64_t>(index), at<moeyard::cuda::PackSummary>(summary), batches,
+                                         at(workspace), at<int64_t>(ptr), at<int64_t>(fill), device, at(stream));
+      },
+      "request"_a, "index"_a, "summary"_a, "batches"_a, "workspace"_a, "ptr"_a, "fill"_a, "device"_a, "stream"_a,
+      NoGil());
+  m.attr("too_many_rows") = moeyard::cuda::kTooManyRows;
+  m.def("segments_workspace", &moeyard::cuda::segments_workspace, "count"_a);
+  m.def(
+      "segments_ptr",
+      [](const moeyard::SegmentsRequest& request, int64_t limit, Address out, Address workspace, Address errors,
+         int device, Address stream) {
+        moeyard::cuda::segments_ptr(request, limit, at<int64_t>(out), at(workspace), at<unsigned>(errors), device,
+                                    at(stream));
+      },
+      "request"_a, "limit"_a, "out"_a, "workspace"_a, "errors"_a, "device"_a, "stream"_a, NoGil());
+  m.def(
+      "gather_segments",
+      [](const moeyard::SegmentsRequest& request, Address out_ptr, Address workspace, Address values, int64_t row_items,
+         int64_t item_bytes, Ints add, int64_t total, Address out, Address batch, int device, Address stream) {
+        moeyard::cuda::gather_segments(request, at<int64_t>(out_ptr), at(workspace), at(values), row_items, item_bytes,
+                                       view(add), total, at(out), at<int64_t>(batch), device, at(stream));
+      },
+      "request"_a, "out_ptr"_a, "workspace"_a, "values"_a, "row_items"_a, "item_bytes"_a, "add"_a, "total"_a, "out"_a,
+      "batch"_a, "device"_a, "stream"_a, NoGil());
+  m.def("gather_segments_backward_workspace", &moeyard::cuda::gather_segments_backward_workspace, "request"_a);
+  m.def(
+      "gather_segments_backward",
+      [](const moeyard::SegmentsRequest& request, Address out_ptr, Address grad, int64_t row_items, int dtype,
+         Address workspace, Address grad_values, Address errors, int device, Address stream) {
+        moeyard::cuda::gather_segments_backward(request, at<int64_t>(out_ptr), at(grad), row_items,
+                                                moeyard::DType(dtype), at(workspace), at(grad_values),
+                                                at<unsigned>(errors), device, at(stream));
+      },
+      "request"_a, "out_ptr"_a, "grad"_a, "row_items"_a, "dtype"_a, "workspace"_a, "grad_values"_a, "errors"_a,
+      "device"_a, "stream"_a, NoGil());
   m.def("topk_gating_workspace", &moeyard::cuda::topk_gating_workspace, "problem"_a);
   m.def(
       "topk_gating",
@@ -98,4 +148,81 @@ PYBIND11_MODULE(_cuda, m) {
       },
       "problem"_a, "logits"_a, "experts"_a, "mask"_a, "grad_weights"_a, "grad_score_sum"_a, "grad_weight_sum"_a,
       "grad_logsumexp_sq"_a, "grad_entropy_sum"_a, "grad_logits"_a, "errors"_a, "device"_a, "stream"_a, NoGil());
+
+  py::class_<moeyard::RadiusOptions>(m, "RadiusOptions", py::module_local())
+      .def(py::init([](double r, int64_t k, int64_t max_neighbors, bool symmetric, bool loop, bool half) {
+             return moeyard::RadiusOptions{r, k, max_neighbors, symmetric, loop, half};
+           }),
+           "r"_a, "k"_a, "max_neighbors"_a, "symmetric"_a, "loop"_a, "half"_a);
+  // Addresses of centre, neighbour, distance, vector, cell_shift, num_neighbors, truncated, num_edges, overflow.
+  using RadiusOut = std::array<Address, 9>;
+  const auto outputs = [](int64_t capacity, const RadiusOut& out, double padding) {
+    return moeyard::RadiusOutputs{capacity,
+                                  at<int64_t>(out[0]),
+                                  at<int64_t>(out[1]),
+                                  at(out[2]),
+                                  at(out[3]),
+                                  at<int32_t>(out[4]),
+                                  at<int32_t>(out[5]),
+                                  at<int64_t>(out[6]),
+                                  at<int64_t>(out[7]),
+                                  at<bool>(out[8]),
+                                  padding};
+  };
+  m.def(
+      "radius_graph_workspace",
+      [](int dtype, const moeyard::PointSet& points, const moeyard::PointSet& centres,
+         const moeyard::Periodicity& periodic, const moeyard::RadiusOptions& options) {
+        return moeyard::cuda::radius_graph_workspace(moeyard::DType(dtype), points, centres, periodic, options);
+      },
+      "dtype"_a, "points"_a, "centres"_a, "periodic"_a, "options"_a);
+  m.def(
+      "radius_graph_search",
+      [outputs](int dtype, const moeyard::PointSet& points, const moeyard::PointSet& centres,
+                const moeyard::Periodicity& periodic, const moeyard::RadiusOptions& options, const RadiusOut& out,
+                Address workspace, Address errors, int device, Address stream) {
+        moeyard::cuda::radius_graph_search(moeyard::DType(dtype), points, centres, periodic, options,
+                                           outputs(0, out, 0), at(workspace), at<unsigned>(errors), device, at(stream));
+      },
+      "dtype"_a, "points"_a, "centres"_a, "periodic"_a, "options"_a, "out"_a, "workspace"_a, "errors"_a, "device"_a,
+      "stream"_a, NoGil());
+  m.def("radius_graph_wants_keys", &moeyard::cuda::radius_graph_wants_keys, "options"_a);
+  m.def(
+      "radius_graph_fill",
+      [outputs](int dtype, const moeyard::PointSet& points, const moeyard::PointSet& centres,
+                const moeyard::Periodicity& periodic, const moeyard::RadiusOptions& options, int64_t capacity,
+                const RadiusOut& out, double padding, Address workspace, Address keys, Address errors, int device,
+                Address stream) {
+        moeyard::cuda::radius_graph_fill(moeyard::DType(dtype), points, centres, periodic, options,
+                                         outputs(capacity, out, padding), at(workspace), at(keys), at<unsigned>(errors),
+                                         device, at(stream));
+      },
+      "dtype"_a, "points"_a, "centres"_a, "periodic"_a, "options"_a, "capacity"_a, "out"_a, "padding"_a, "workspace"_a,
+      "keys"_a, "errors"_a, "device"_a, "stream"_a, NoGil());
+  m.def("radius_graph_backward_workspace", &moeyard::cuda::radius_graph_backward_workspace, "edges"_a, "num_points"_a,
+        "num_centres"_a, "has_cell"_a, "num_cells"_a);
+  m.def(
+      "radius_graph_backward",
+      [](int dtype, const moeyard::RadiusEdges& edges, int64_t num_points, const moeyard::PointSet& centres,
+         int64_t num_cells, Address grad_points, Address grad_centres, Address grad_cell, Address workspace,
+         Address errors, int device, Address stream) {
+        moeyard::cuda::radius_graph_backward(moeyard::DType(dtype), edges, num_points, centres, num_cells,
+                                             at(grad_points), at(grad_centres), at(grad_cell), at(workspace),
+                                             at<unsigned>(errors), device, at(stream));
+      },
+      "dtype"_a, "edges"_a, "num_points"_a, "centres"_a, "num_cells"_a, "grad_points"_a, "grad_centres"_a,
+      "grad_cell"_a, "workspace"_a, "errors"_a, "device"_a, "stream"_a, NoGil());
+  m.def(
+      "radius_graph_double_backward",
+      [](int dtype, const moeyard::RadiusEdges& edges, int64_t num_points, const moeyard::PointSet& centres,
+         int64_t num_cells, Address gg_points, Address gg_centres, Address gg_cell, Address to_grad_distance,
+         Address to_grad_vector, Address to_distance, Address to_vector, Address errors, int device, Address stream) {
+        moeyard::cuda::radius_graph_double_backward(moeyard::DType(dtype), edges, num_points, centres, num_cells,
+                                                    at(gg_points), at(gg_centres), at(gg_cell), at(to_grad_distance),
+                                                    at(to_grad_vector), at(to_distance), at(to_vector),
+                                                    at<unsigned>(errors), device, at(stream));
+      },
+      "dtype"_a, "edges"_a, "num_points"_a, "centres"_a, "num_cells"_a, "gg_points"_a, "gg_centres"_a, "gg_cell"_a,
+      "to_grad_distance"_a, "to_grad_vector"_a, "to_distance"_a, "to_vector"_a, "errors"_a, "device"_a, "stream"_a,
+      NoGil());
 }

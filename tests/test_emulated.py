@@ -86,6 +86,18 @@ def test_check_device_errors() -> None:
         (8, "experts"),
         (16, "plan"),
         (32, "experts"),
+        (64, "index"),
+        (128, "ptr"),
+        (256, "total"),
+        (512, "ptr"),
+        (1024, "batch"),
+        (2048, "ptr"),
+        (4096, "pos"),
+        (8192, "cell"),
+        (16384, "pos"),
+        (32768, "cell"),
+        (65536, "pos"),
+        (131072, "edge_index"),
     ],
 )
 def test_each_kind_names_its_argument(kind: int, argument: str) -> None:

@@ -11,6 +11,18 @@ enum DeviceError : unsigned {
   kBadExpertId = 8,
   kBadPlan = 16,
   kBadGatingId = 32,
+  kBadSegmentId = 64,
+  kBadSegmentPtr = 128,
+  kShortTotal = 256,
+  kSegmentsOverlap = 512,
+  kBadBatch = 1024,
+  kBadGraphPtr = 2048,
+  kPointNotFinite = 4096,
+  kBadCell = 8192,
+  kPointTooFar = 16384,
+  kTooManyImages = 32768,
+  kPointsTooDistant = 65536,
+  kUnsortedEdges = 131072,
 };
 
 /// The word of `device`, for kernels to atomicOr into. Zero at first; asking for it allocates nothing.

@@ -76,4 +76,47 @@ void gather_segments_backward(const SegmentsRequest& request, const int64_t* out
                               int64_t row_items, DType dtype, int64_t* workspace, void* grad_values, int threads);
 
 }  // namespace cpu
+
+// The same on `device`, enqueued on `stream`; they return without waiting. What the CPU throws for, a kernel can only
+// report: gather_segments sets a bit of `errors` (common/device_errors.hpp), takes the bad segment as an empty one and
+// goes on.
+namespace cuda {
+
+/// What pack_batches finds, on the device. The last five: the first sample with a negative size or size2, and the first
+/// position with an id that is out of range, one that came before, a sample that is too large (error); ~0 for none.
+struct PackSummary {
+  unsigned long long batches, packed, negative, negative2, bad_id, repeated, oversize;
+};
+
+/// Next-fit (lookahead 0) of at most 2^31 - 2 samples. Writes the summary and index[length]: packed ids from the front,
+/// those left out from the back. Nothing is reported: whoever reads the summary raises what it tells.
+int64_t pack_batches_workspace(const PackRequest& request);
+void pack_batches(const PackRequest& request, int64_t* index, PackSummary* summary, void* workspace, int device,
+                  void* stream);
+
+/// ptr[batches + 1] and fill[batches] of a call whose workspace is untouched since.
+void pack_batches_fill(const PackRequest& request, const int64_t* index, const PackSummary* summary, int64_t batches,
+                       void* workspace, int64_t* ptr, int64_t* fill, int device, void* stream);
+
+/// Where segments_ptr stops counting rows: 2^62 - 1.
+constexpr int64_t kTooManyRows = (int64_t(1) << 62) - 1;
+
+/// Bytes of the workspace that segments_ptr fills and gather_segments reads.
+int64_t segments_workspace(int64_t count);
+
+/// Starts beyond `limit` are cut to it (kShortTotal). kTooManyRows for no limit.
+void segments_ptr(const SegmentsRequest& request, int64_t limit, int64_t* out, void* workspace, unsigned* errors,
+                  int device, void* stream);
+
+void gather_segments(const SegmentsRequest& request, const int64_t* out_ptr, const void* workspace, const void* values,
+                     int64_t row_items, int64_t item_bytes, IntView add, int64_t total, void* out, int64_t* batch,
+                     int device, void* stream);
+
+/// count is below 2^31. Of chosen segments that overlap some get too little (kSegmentsOverlap).
+int64_t gather_segments_backward_workspace(const SegmentsRequest& request);
+void gather_segments_backward(const SegmentsRequest& request, const int64_t* out_ptr, const void* grad,
+                              int64_t row_items, DType dtype, void* workspace, void* grad_values, unsigned* errors,
+                              int device, void* stream);
+
+}  // namespace cuda
 }  // namespace moeyard

@@ -44,6 +44,35 @@ struct RadiusOptions {
   bool half = false;           // keep one direction of each pair
 };
 
+/// Outputs for `capacity` edges; edges beyond it are left out, unused ones are 0 -> 0 with vector 0 and distance
+/// `padding`. distance and vector may both be null, cell_shift is null without a cell.
+struct RadiusOutputs {
+  int64_t capacity = 0;
+  int64_t* centre = nullptr;
+  int64_t* neighbour = nullptr;
+  void* distance = nullptr;
+  void* vector = nullptr;
+  int32_t* cell_shift = nullptr;
+  int32_t* num_neighbors = nullptr;
+  int64_t* truncated = nullptr;
+  int64_t* num_edges = nullptr;  // found, also those beyond the capacity
+  bool* overflow = nullptr;
+  double padding = 0;
+};
+
+/// The edges that a gradient runs over: the forward's outputs. Only the first min(*num_edges, capacity) count.
+struct RadiusEdges {
+  int64_t capacity = 0;
+  const int64_t* num_edges = nullptr;
+  const int64_t* centre = nullptr;
+  const int64_t* neighbour = nullptr;
+  const void* distance = nullptr;
+  const void* vector = nullptr;
+  const int32_t* cell_shift = nullptr;
+  const void* grad_distance = nullptr;  // null: zero
+  const void* grad_vector = nullptr;    // null: zero
+};
+
 namespace cpu {
 
 class HitStore;
@@ -62,38 +91,9 @@ struct RadiusHits {
 RadiusHits radius_graph_search(DType dtype, const PointSet& points, const PointSet& centres,
                                const Periodicity& periodic, const RadiusOptions& options, int threads);
 
-/// Outputs for `capacity` edges; edges beyond it are left out, unused ones are 0 -> 0 with vector 0 and distance
-/// `padding`. distance and vector may both be null, cell_shift is null without a cell.
-struct RadiusOutputs {
-  int64_t capacity = 0;
-  int64_t* centre = nullptr;
-  int64_t* neighbour = nullptr;
-  void* distance = nullptr;
-  void* vector = nullptr;
-  int32_t* cell_shift = nullptr;
-  int32_t* num_neighbors = nullptr;
-  int64_t* truncated = nullptr;
-  int64_t* num_edges = nullptr;  // found, also those beyond the capacity
-  bool* overflow = nullptr;
-  double padding = 0;
-};
-
 /// The same arguments as for the search that gave `hits`.
 void radius_graph_fill(const RadiusHits& hits, DType dtype, const PointSet& points, const PointSet& centres,
                        const Periodicity& periodic, const RadiusOutputs& out, int threads);
-
-/// The edges that a gradient runs over: the forward's outputs. Only the first min(*num_edges, capacity) count.
-struct RadiusEdges {
-  int64_t capacity = 0;
-  const int64_t* num_edges = nullptr;
-  const int64_t* centre = nullptr;
-  const int64_t* neighbour = nullptr;
-  const void* distance = nullptr;
-  const void* vector = nullptr;
-  const int32_t* cell_shift = nullptr;
-  const void* grad_distance = nullptr;  // null: zero
-  const void* grad_vector = nullptr;    // null: zero
-};
 
 /// With y = grad_vector + grad_distance * vector / distance (the second term 0 where distance is 0):
 /// grad_points[j] += y, grad_centres[i] -= y (both in grad_points when grad_centres is null), grad_cell[g] += s^T y.
@@ -109,4 +109,40 @@ void radius_graph_double_backward(DType dtype, const RadiusEdges& edges, int64_t
                                   int threads);
 
 }  // namespace cpu
+
+// The same on `device`, enqueued on `stream`; they return without waiting. What the CPU throws for, a kernel can only
+// report: a bad point, graph or cell has no edges, and a bit of `errors` (common/device_errors.hpp) is set.
+namespace cuda {
+
+/// Bytes of the workspace, aligned to 16, that a search fills and the fill after it reads. They depend on sizes alone.
+int64_t radius_graph_workspace(DType dtype, const PointSet& points, const PointSet& centres,
+                               const Periodicity& periodic, const RadiusOptions& options);
+
+/// Writes num_neighbors, truncated and num_edges of `out`, and nothing else of it. Throws like the CPU for what needs
+/// no look at values.
+void radius_graph_search(DType dtype, const PointSet& points, const PointSet& centres, const Periodicity& periodic,
+                         const RadiusOptions& options, const RadiusOutputs& out, void* workspace, unsigned* errors,
+                         int device, void* stream);
+
+/// Whether the fill wants `keys` of 8 * (capacity + 32) bytes.
+bool radius_graph_wants_keys(const RadiusOptions& options);
+
+/// The edges and `overflow`, with the arguments of the search.
+void radius_graph_fill(DType dtype, const PointSet& points, const PointSet& centres, const Periodicity& periodic,
+                       const RadiusOptions& options, const RadiusOutputs& out, void* workspace, void* keys,
+                       unsigned* errors, int device, void* stream);
+
+/// Fewer than 2^31 edges, sorted by centre; of others, and of those with bad ids, it says so (kUnsortedEdges).
+int64_t radius_graph_backward_workspace(int64_t edges, int64_t num_points, int64_t num_centres, bool has_cell,
+                                        int64_t num_cells);
+void radius_graph_backward(DType dtype, const RadiusEdges& edges, int64_t num_points, const PointSet& centres,
+                           int64_t num_cells, void* grad_points, void* grad_centres, void* grad_cell, void* workspace,
+                           unsigned* errors, int device, void* stream);
+
+void radius_graph_double_backward(DType dtype, const RadiusEdges& edges, int64_t num_points, const PointSet& centres,
+                                  int64_t num_cells, const void* gg_points, const void* gg_centres, const void* gg_cell,
+                                  void* to_grad_distance, void* to_grad_vector, void* to_distance, void* to_vector,
+                                  unsigned* errors, int device, void* stream);
+
+}  // namespace cuda
 }  // namespace moeyard

@@ -29,6 +29,18 @@ _TEXTS = {
     8: "experts: expected ids in [-1, num_experts), got others, which counted as -1",
     16: "plan: expected row_of_slot and slot_of_row to be inverses of each other, got rows or slots that are not",
     32: "experts: expected the ids that topk_gating returned, in [-1, E), got others, which counted as -1",
+    64: "index: expected segment ids in [0, S), got others, which counted as empty segments",
+    128: "ptr: expected 0 <= ptr[i] <= ptr[i + 1] <= n for chosen segments, got others, which counted as empty",
+    256: "total: expected at least the rows of the chosen segments (of grad, backward), got fewer; the rest is cut off",
+    512: "ptr: expected chosen segments that do not overlap for a gradient, got overlapping ones, of which some get 0",
+    1024: "batch: expected sorted graph ids >= 0, got others; some edges may be missing",
+    2048: "ptr: expected values from 0 to the number of points that do not fall, got others; some edges may be missing",
+    4096: "pos: expected finite coordinates, got others, which have no edges",
+    8192: "cell: expected finite, linearly independent periodic vectors for every graph, got others; no edges there",
+    16384: "pos: expected coordinates within 2^28 cells of the origin, got others, which have no edges",
+    32768: "cell: expected at most 2^27 periodic images within reach, got more for some points, which have no edges",
+    65536: "pos: expected points whose squared distances are finite in their dtype, got others among the nearest",
+    131072: "edge_index: expected edges sorted by centre, of nodes in range, got others; gradients are wrong",
 }
 
 

@@ -11,6 +11,7 @@ and -g_d <G, v> / d^2 to d. Terms with 1 / d are 0 where d is 0. A third derivat
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from moeyard import _native
 from moeyard.ops import _check
 from moeyard.ops._radius_graph_native import given, ids, point_set
-from moeyard.ops._register import DTYPE_CODE, Gradient, contiguous, register
+from moeyard.ops._register import DTYPE_CODE, Gradient, contiguous, device_and_stream, register
 
 _EDGES = (
     "Tensor? grad_distance, Tensor? grad_vector, Tensor edge_index, Tensor distance, Tensor vector, Tensor cell_shift, "
@@ -105,7 +106,7 @@ class _Edges:
         self.edges = _native.cpu.RadiusEdges(m, given(num_edges), centre, neighbour, *map(given, per_edge))
         self.count = num_points if num_centres is None else num_centres
         self.centres = point_set(None, self.count, batch, ptr)
-        self.num_points, self.code = num_points, DTYPE_CODE[distance.dtype]
+        self.capacity, self.num_points, self.code = m, num_points, DTYPE_CODE[distance.dtype]
         self.two_sets, self.has_cell = num_centres is not None, cell_shape is not None
         self.num_cells = cell_shape[0] if cell_shape is not None and len(cell_shape) == 3 else -1
 
@@ -151,11 +152,37 @@ def _backward_cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return points, centres, cell
 
 
+def _backward_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    e = _Edges(*args)
+    if e.capacity >= 2**31:
+        raise ValueError(f"distance: expected at most 2^31 - 1 edges for a gradient on a GPU, got {e.capacity}")
+    points, centres, cell = _backward_fake(*args)
+    native, where = _native.cuda(), device_and_stream(points)
+    sizes = e.capacity, e.num_points, e.count, e.has_cell, e.num_cells
+    workspace = points.new_empty(native.radius_graph_backward_workspace(*sizes), dtype=torch.uint8)
+    native.radius_graph_backward(
+        e.code, e.edges, e.num_points, e.centres, e.num_cells, points.data_ptr(),
+        given(centres) if e.two_sets else 0, given(cell) if e.has_cell else 0, workspace.data_ptr(),
+        native.device_errors(where[0]), *where,
+    )  # fmt: skip
+    return points, centres, cell
+
+
 def _backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _point_gradients(args[3], *args[9:12])
 
 
-def _double_cpu(gg_points: Tensor, gg_centres: Tensor, gg_cell: Tensor, *args: Any) -> tuple[Tensor, ...]:
+_Addresses = tuple[int, int, int, int, int, int, int]
+
+
+def _double(
+    gg_points: Tensor,
+    gg_centres: Tensor,
+    gg_cell: Tensor,
+    args: tuple[Any, ...],
+    run: Callable[[_Edges, _Addresses], None],
+) -> tuple[Tensor, ...]:
+    """`run` gets the edges and where the incoming gradients and the outputs lie."""
     e = _Edges(*args)
     incoming = (("gg_points", gg_points), ("gg_centres", gg_centres), ("gg_cell", gg_cell))
     for (name, value), want in zip(incoming, _backward_fake(*args), strict=True):
@@ -163,13 +190,33 @@ def _double_cpu(gg_points: Tensor, gg_centres: Tensor, gg_cell: Tensor, *args: A
         _check.shape(name, value, list(want.shape))
     to_grad_distance, to_grad_vector, to_distance, to_vector = out = _double_fake(gg_points, gg_centres, gg_cell, *args)
     gg_points, gg_centres, gg_cell = gg_points.contiguous(), gg_centres.contiguous(), gg_cell.contiguous()
-    _native.cpu.radius_graph_double_backward(
-        e.code, e.edges, e.num_points, e.centres, e.num_cells, given(gg_points),
-        given(gg_centres) if e.two_sets else 0, given(gg_cell) if e.has_cell else 0,
-        to_grad_distance.data_ptr(), to_grad_vector.data_ptr(), to_distance.data_ptr(), to_vector.data_ptr(),
-        torch.get_num_threads(),
+    run(
+        e,
+        (
+            given(gg_points), given(gg_centres) if e.two_sets else 0, given(gg_cell) if e.has_cell else 0,
+            to_grad_distance.data_ptr(), to_grad_vector.data_ptr(), to_distance.data_ptr(), to_vector.data_ptr(),
+        ),
     )  # fmt: skip
     return out
+
+
+def _double_cpu(gg_points: Tensor, gg_centres: Tensor, gg_cell: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    def run(e: _Edges, addresses: _Addresses) -> None:
+        native, threads = _native.cpu, torch.get_num_threads()
+        native.radius_graph_double_backward(e.code, e.edges, e.num_points, e.centres, e.num_cells, *addresses, threads)
+
+    return _double(gg_points, gg_centres, gg_cell, args, run)
+
+
+def _double_cuda(gg_points: Tensor, gg_centres: Tensor, gg_cell: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    def run(e: _Edges, addresses: _Addresses) -> None:
+        native, where = _native.cuda(), device_and_stream(gg_points)
+        errors = native.device_errors(where[0])
+        native.radius_graph_double_backward(
+            e.code, e.edges, e.num_points, e.centres, e.num_cells, *addresses, errors, *where
+        )
+
+    return _double(gg_points, gg_centres, gg_cell, args, run)
 
 
 def _double_fake(gg_points: Tensor, gg_centres: Tensor, gg_cell: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -197,6 +244,7 @@ class _BackwardGradient(Gradient):
 _backward = register(
     f"radius_graph_backward({_EDGES}) -> (Tensor, Tensor, Tensor)",
     cpu=_backward_cpu,
+    cuda=_backward_cuda,
     fake=_backward_fake,
     gradient=_BackwardGradient,
 )
@@ -204,6 +252,7 @@ _double_backward = register(
     f"radius_graph_double_backward(Tensor gg_points, Tensor gg_centres, Tensor gg_cell, {_EDGES}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     cpu=_double_cpu,
+    cuda=_double_cuda,
     fake=_double_fake,
     gradient="radius_graph: third derivatives are not supported",
 )

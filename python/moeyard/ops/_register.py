@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionMeta
 
-from moeyard import _native
 from moeyard.ops import _check, _device_errors
 from moeyard.ops._direct import DirectCalls, autograd_is_on
 
@@ -92,7 +91,7 @@ class Op:
         self,
         overload: Any,
         cpu: Callable[..., Any],
-        cuda: Callable[..., Any] | None,
+        cuda: Callable[..., Any],
         options: Mapping[str, Sequence[str]],
     ) -> None:
         #: What runs on CPU tensors: tests put `cuda` here for a while.
@@ -168,7 +167,7 @@ def register(
     schema: str,
     *,
     cpu: Callable[..., Any],
-    cuda: Callable[..., Any] | None = None,
+    cuda: Callable[..., Any],
     fake: Callable[..., Any],
     gradient: type[Gradient] | str | None = None,
     options: Mapping[str, Sequence[str]] | None = None,
@@ -177,8 +176,8 @@ def register(
 
     Args:
         schema: a torch schema, such as "identity(Tensor x) -> Tensor".
-        cpu, cuda: the implementations; they validate, allocate with torch and pass addresses on. Without `cuda` a CUDA
-            tensor gets an error that says so. Under the emulation of CUDA, which tests use, `cuda` gets CPU tensors.
+        cpu, cuda: the implementations; they validate, allocate with torch and pass addresses on. Under the emulation of
+            CUDA, which tests use, `cuda` gets CPU tensors.
         fake: shapes and dtypes of the outputs, for `torch.compile`, export and meta tensors.
         gradient: None for an op without one; for an op whose derivative is not supported, the message of the
             NotImplementedError that asking for it raises.
@@ -188,11 +187,11 @@ def register(
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     overload = getattr(torch.ops.moeyard, name).default
     names = [a.name for a in overload._schema.arguments]
-    if cuda and _device_errors.CHECK_AT_ONCE:
+    if _device_errors.CHECK_AT_ONCE:
         cuda = _device_errors.checked(cuda)
     op = Op(overload, cpu, cuda, options or {})
     _LIBRARY.impl(name, op.run_on_cpu, "CPU")
-    _LIBRARY.impl(name, _on_one_device(names, cuda) if cuda else _no_cuda(name), "CUDA")
+    _LIBRARY.impl(name, _on_one_device(names, cuda), "CUDA")
     torch.library.register_fake(f"moeyard::{name}", _on_one_device(names, fake), lib=_LIBRARY)
     torch.library.register_vmap(f"moeyard::{name}", _no_vmap(name), lib=_LIBRARY)
     if isinstance(gradient, str):
@@ -229,15 +228,6 @@ def _asks_for_gradient(args: tuple[Any, ...]) -> bool:
     if forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
-
-
-def _no_cuda(name: str) -> Callable[..., Any]:
-    def missing(*args: Any) -> Any:
-        if not _native.cuda_built:
-            _native.cuda()
-        raise NotImplementedError(f"{name}: no CUDA kernel in this release; pass CPU tensors")
-
-    return missing
 
 
 def _no_vmap(name: str) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moeyard import _native
 from moeyard.ops import _check
-from moeyard.ops._register import DTYPE_CODE, Gradient, contiguous, int_view, register
+from moeyard.ops._register import DTYPE_CODE, Gradient, contiguous, device_and_stream, int_view, register
 
 _SCHEMA = (
     "gather_segments(Tensor values, Tensor ptr, Tensor index, Tensor? add, SymInt? total) -> (Tensor, Tensor, Tensor)"
@@ -23,6 +23,7 @@ _SCHEMA = (
 _BACKWARD = "gather_segments_backward(Tensor grad, Tensor ptr, Tensor index, SymInt num_values) -> Tensor"
 _INTS = (torch.int32, torch.int64)
 _ADDABLE = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+_MAX_CHOSEN = 2**31 - 1
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -52,14 +53,15 @@ def gather_segments(
         add: [M] int64 or int32, a number added to all of segment m's values (the atom offset of its edges), wrapping
             around; for int8 ... int64 and uint8.
         total: a fixed R, for static shapes; rows past the last segment are 0 with batch number M, and ptr[M] says how
-            many rows are real. None: R is their number.
+            many rows are real. None: R is their number, for which a GPU is waited for.
 
     Returns:
         Segments.
 
     Raises:
         TypeError, ValueError: a wrong type, shape, dtype or device; an id or a chosen segment out of range (naming it),
-            more rows than `total`.
+            more rows than `total`. On a GPU a bad segment counts as empty, rows beyond `total` are cut off, overlapping
+            segments get too small a gradient, and `check_device_errors` tells of it.
 
     Determinism: bit-identical for any number of threads. Autocast: values keep their dtype. Gradients of any order for
     float32, float64, float16 and bfloat16, summed in the order of `index` in float32 (float64 for float64); chosen
@@ -113,14 +115,13 @@ def _validate(values: Tensor, ptr: Tensor, index: Tensor, add: Tensor | None, to
         _check.dtype("values (with add)", values, _ADDABLE)
 
 
-def _request(ptr: Tensor, index: Tensor, num_values: int) -> tuple[Any, Tensor, int]:
-    """The native request, the pointers of the output and its rows. `ptr` and `index` are contiguous and outlive it."""
+def _request(ptr: Tensor, index: Tensor, num_values: int) -> tuple[Any, Tensor]:
+    """The native request, and room for the pointers of the output. `ptr` and `index` are contiguous and outlive it."""
     segments, count = ptr.shape[0] - 1, index.shape[0]
     if segments < 0:
         raise ValueError("ptr: expected shape [S + 1], got [0]")
     request = _native.cpu.SegmentsRequest(int_view(ptr), segments, num_values, int_view(index), count)
-    out_ptr = torch.empty(count + 1, dtype=torch.int64)
-    return request, out_ptr, _native.cpu.segments_ptr(request, out_ptr.data_ptr())
+    return request, ptr.new_empty(count + 1, dtype=torch.int64)
 
 
 def _new_rows(name: str, rows: int, like: Tensor) -> tuple[Tensor, int]:
@@ -139,7 +140,8 @@ def _cpu(
     _validate(values, ptr, index, add, total)
     values, ptr, index = values.contiguous(), ptr.contiguous(), index.contiguous()
     add = contiguous(add)
-    request, out_ptr, rows = _request(ptr, index, values.shape[0])
+    request, out_ptr = _request(ptr, index, values.shape[0])
+    rows = _native.cpu.segments_ptr(request, out_ptr.data_ptr())
     if total is not None and rows > total:
         raise ValueError(f"total: expected at least {rows} (the rows of the chosen segments), got {total}")
     rows = rows if total is None else total
@@ -156,6 +158,49 @@ def _cpu(
         out.data_ptr(),
         batch.data_ptr(),
         torch.get_num_threads(),
+    )
+    return out, out_ptr, batch
+
+
+def _start_cuda(
+    values: Tensor, ptr: Tensor, index: Tensor, num_values: int, limit: int
+) -> tuple[Any, Tensor, Tensor, tuple[int, int]]:
+    """The native request, the pointers of the output, cut at `limit`, what the kernels keep beside them, and where the
+    kernels run: where `values` is."""
+    native, (device, stream) = _native.cuda(), device_and_stream(values)
+    request, out_ptr = _request(ptr, index, num_values)
+    workspace = out_ptr.new_empty(native.segments_workspace(index.shape[0]), dtype=torch.uint8)
+    errors = native.device_errors(device)
+    native.segments_ptr(request, limit, out_ptr.data_ptr(), workspace.data_ptr(), errors, device, stream)
+    return request, out_ptr, workspace, (device, stream)
+
+
+def _cuda(
+    values: Tensor, ptr: Tensor, index: Tensor, add: Tensor | None, total: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    _validate(values, ptr, index, add, total)
+    values, ptr, index = values.contiguous(), ptr.contiguous(), index.contiguous()
+    add = contiguous(add)
+    native = _native.cuda()
+    limit = native.too_many_rows if total is None else total
+    request, out_ptr, workspace, where = _start_cuda(values, ptr, index, values.shape[0], limit)
+    rows = int(out_ptr[-1]) if total is None else total  # the first waits for the device
+    if total is None and rows == limit:
+        raise ValueError(f"index: expected a total length below {limit}, got more")
+    out, row_items = _new_rows("index" if total is None else "total", rows, values)
+    batch = out_ptr.new_empty(rows)
+    native.gather_segments(
+        request,
+        out_ptr.data_ptr(),
+        workspace.data_ptr(),
+        values.data_ptr(),
+        row_items,
+        values.element_size(),
+        int_view(add),
+        rows,
+        out.data_ptr(),
+        batch.data_ptr(),
+        *where,
     )
     return out, out_ptr, batch
 
@@ -181,7 +226,8 @@ def _validate_backward(grad: Tensor, ptr: Tensor, index: Tensor, num_values: Any
 def _backward_cpu(grad: Tensor, ptr: Tensor, index: Tensor, num_values: int) -> Tensor:
     _validate_backward(grad, ptr, index, num_values)
     grad, ptr, index = grad.contiguous(), ptr.contiguous(), index.contiguous()
-    request, out_ptr, rows = _request(ptr, index, num_values)
+    request, out_ptr = _request(ptr, index, num_values)
+    rows = _native.cpu.segments_ptr(request, out_ptr.data_ptr())
     if rows > grad.shape[0]:
         raise ValueError(f"grad: expected at least {rows} rows (those of the chosen segments), got {grad.shape[0]}")
     out, row_items = _new_rows("num_values", num_values, grad)
@@ -195,6 +241,29 @@ def _backward_cpu(grad: Tensor, ptr: Tensor, index: Tensor, num_values: int) -> 
         workspace.data_ptr(),
         out.data_ptr(),
         torch.get_num_threads(),
+    )
+    return out
+
+
+def _backward_cuda(grad: Tensor, ptr: Tensor, index: Tensor, num_values: int) -> Tensor:
+    _validate_backward(grad, ptr, index, num_values)
+    if index.shape[0] > _MAX_CHOSEN:
+        raise ValueError(f"index: expected at most 2^31 - 1 ids for a gradient, got {index.shape[0]}")
+    grad, ptr, index = grad.contiguous(), ptr.contiguous(), index.contiguous()
+    native = _native.cuda()
+    request, out_ptr, _workspace, where = _start_cuda(grad, ptr, index, num_values, grad.shape[0])
+    out, row_items = _new_rows("num_values", num_values, grad)
+    workspace = grad.new_empty(native.gather_segments_backward_workspace(request), dtype=torch.uint8)
+    native.gather_segments_backward(
+        request,
+        out_ptr.data_ptr(),
+        grad.data_ptr(),
+        row_items,
+        DTYPE_CODE[grad.dtype],
+        workspace.data_ptr(),
+        out.data_ptr(),
+        native.device_errors(where[0]),
+        *where,
     )
     return out
 
@@ -232,5 +301,7 @@ class _BackwardGradient(Gradient):
         return _op(grad, *ctx.saved_tensors, None, ctx.rows)[0], None, None, None
 
 
-_op = register(_SCHEMA, cpu=_cpu, fake=_fake, gradient=_Gradient)
-_backward_op = register(_BACKWARD, cpu=_backward_cpu, fake=_backward_fake, gradient=_BackwardGradient)
+_op = register(_SCHEMA, cpu=_cpu, cuda=_cuda, fake=_fake, gradient=_Gradient)
+_backward_op = register(
+    _BACKWARD, cpu=_backward_cpu, cuda=_backward_cuda, fake=_backward_fake, gradient=_BackwardGradient
+)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moeyard import _native
 from moeyard.ops import _check
-from moeyard.ops._register import address, contiguous, int_view, register
+from moeyard.ops._register import address, contiguous, device_and_stream, int_view, register
 
 _SCHEMA = (
     "pack_batches(Tensor sizes, SymInt budget, Tensor? order, Tensor? segments, SymInt? max_samples, Tensor? sizes2,"
@@ -26,6 +26,7 @@ _SCHEMA = (
 _INTS = (torch.int32, torch.int64)
 _OVERSIZE = ("error", "own_batch", "skip")
 _NO_LIMIT = 2**63 - 1
+_MOST_ON_CUDA = 2**31 - 2
 
 
 class Packing(NamedTuple):
@@ -61,11 +62,11 @@ def pack_batches(
             a batch opened by a sample of rank s takes samples of ranks s and s + 1 only.
         max_samples: most samples per batch; None is no limit.
         sizes2, budget2: a second size per sample (edges) and its budget; both or neither.
-        lookahead: 0 is next-fit: a sample that does not fit closes the batch, and `index` keeps the order. L > 0 is
-            bounded best fit: with at most L open batches a sample goes to the one that it leaves the least room in
-            (ties: the earliest opened); when it fits in none and L are open, the fullest is closed. A batch that can
-            take no more closes at once: one without room, with `max_samples`, or when `order` holds no more samples of
-            its two segments. Best means by `sizes`; the rest only says what fits.
+        lookahead: 0 is next-fit: a sample that does not fit closes the batch, and `index` keeps the order (on a GPU
+            nothing else is supported). L > 0 is bounded best fit: with at most L open batches a sample goes to the one
+            that it leaves the least room in (ties: the earliest opened); when it fits in none and L are open, the
+            fullest is closed. A batch that can take no more closes at once: one without room, with `max_samples`, or
+            when `order` holds no more samples of its two segments. Best means by `sizes`; the rest only says what fits.
         oversize: a sample larger than the budget is an "error", gets its "own_batch" at its place, or is left out
             ("skip") and listed in `skipped`.
 
@@ -76,10 +77,11 @@ def pack_batches(
         TypeError, ValueError: a wrong type, shape, device or option; a negative size, an id out of range or repeated,
             an oversize sample (naming id, size and budget).
 
-    Determinism: integers, equal on every call and device. Autocast and gradients do not apply. Time: O(L) for next-fit
-    and for best fit with lookahead <= 64 and budget < 2^25; O(L log lookahead) beyond, unless many open batches have
-    room but fail in sizes2 or segments. Memory beside the outputs: a bit per sample with `order`, 12 bytes per batch
-    (best fit: 8, and 4 per sample), and a few words per segment and open batch.
+    Determinism: integers, equal on every call and device. Autocast and gradients do not apply. A GPU is waited for, to
+    learn how many batches there are. Time: O(L) for next-fit and for best fit with lookahead <= 64 and budget < 2^25;
+    O(L log lookahead) beyond, unless many open batches have room but fail in sizes2 or segments. Memory beside the
+    outputs: a bit per sample with `order`, 12 bytes per batch (best fit: 8, and 4 per sample), and a few words per
+    segment and open batch; on a GPU, 20 to 80 bytes per sample.
     Source: Csirik & Johnson, "Bounded space on-line bin packing: best is better than first", Algorithmica 31 (2001).
     """
     return Packing(*_op(sizes, budget, order, segments, max_samples, sizes2, budget2, lookahead, oversize))
@@ -185,7 +187,7 @@ def _validate(
             _check.dtype(name, value, _INTS)
 
 
-def _cpu(
+def _request(
     sizes: Tensor,
     budget: int,
     order: Tensor | None,
@@ -195,7 +197,8 @@ def _cpu(
     budget2: int | None,
     lookahead: int,
     oversize: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Any, int, tuple[Tensor | None, ...]]:
+    """The native request, the length of the order, and the tensors that the request points to."""
     _validate(sizes, budget, order, segments, max_samples, sizes2, budget2, lookahead, oversize)
     samples = sizes.shape[0]
     length = samples if order is None else order.shape[0]
@@ -203,7 +206,6 @@ def _cpu(
         raise ValueError(f"order: expected at most {samples} ids (one per sample), got {length}")
     if length > 2**32 - 2:
         raise ValueError(f"order: expected at most 2^32 - 2 samples, got {length}")
-    # Held by name until the kernels are done.
     sizes, order, segments, sizes2 = sizes.contiguous(), contiguous(order), contiguous(segments), contiguous(sizes2)
     request = _native.cpu.PackRequest(
         int_view(sizes),
@@ -218,9 +220,24 @@ def _cpu(
         lookahead,
         _OVERSIZE.index(oversize),
     )
+    return request, length, (sizes, order, segments, sizes2)
+
+
+def _cpu(
+    sizes: Tensor,
+    budget: int,
+    order: Tensor | None,
+    segments: Tensor | None,
+    max_samples: int | None,
+    sizes2: Tensor | None,
+    budget2: int | None,
+    lookahead: int,
+    oversize: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    request, length, _held = _request(sizes, budget, order, segments, max_samples, sizes2, budget2, lookahead, oversize)
     skips = _native.cpu.count_skipped(request)
     index, skipped = torch.empty(length - skips, dtype=torch.int64), torch.empty(skips, dtype=torch.int64)
-    seen = None if order is None else torch.zeros((samples + 7) // 8, dtype=torch.uint8)
+    seen = None if order is None else torch.zeros((sizes.shape[0] + 7) // 8, dtype=torch.uint8)
     batch_of_position = torch.empty(length, dtype=torch.int32) if lookahead else None
     notes, lists, left = address(batch_of_position), index.data_ptr(), skipped.data_ptr()
     plan = _native.cpu.pack_batches(request, address(seen), notes, lists, left)
@@ -228,6 +245,61 @@ def _cpu(
     ptr, fill = index.new_empty(batches + 1), index.new_empty(batches)
     _native.cpu.pack_batches_fill(request, plan, notes, lists, ptr.data_ptr(), fill.data_ptr(), left)
     return index, ptr, fill, skipped
+
+
+def _cuda(
+    sizes: Tensor,
+    budget: int,
+    order: Tensor | None,
+    segments: Tensor | None,
+    max_samples: int | None,
+    sizes2: Tensor | None,
+    budget2: int | None,
+    lookahead: int,
+    oversize: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    request, length, _held = _request(sizes, budget, order, segments, max_samples, sizes2, budget2, lookahead, oversize)
+    if lookahead:
+        raise ValueError(f"lookahead: expected 0 on a GPU, where there is next-fit only, got {lookahead}")
+    if length > _MOST_ON_CUDA:
+        raise ValueError(f"order: expected at most 2^31 - 2 samples on a GPU, got {length}")
+    native, where = _native.cuda(), device_and_stream(sizes)
+    index, summary = sizes.new_empty(length, dtype=torch.int64), sizes.new_empty(7, dtype=torch.int64)
+    workspace = sizes.new_empty(native.pack_batches_workspace(request), dtype=torch.uint8)
+    at = index.data_ptr(), summary.data_ptr()
+    native.pack_batches(request, *at, workspace.data_ptr(), *where)
+    batches, packed, *wrong = summary.tolist()  # waits for the device
+    _raise_first(wrong, sizes, budget, order, sizes2, budget2)
+    ptr, fill = index.new_empty(batches + 1), index.new_empty(batches)
+    native.pack_batches_fill(request, *at, batches, workspace.data_ptr(), ptr.data_ptr(), fill.data_ptr(), *where)
+    # A copy, where something is skipped: else `index` would keep the memory of both.
+    return (index if packed == length else index[:packed].clone()), ptr, fill, index[packed:].flip(0)
+
+
+def _raise_first(
+    wrong: list[int], sizes: Tensor, budget: int, order: Tensor | None, sizes2: Tensor | None, budget2: int | None
+) -> None:
+    """What the CPU raises: of the sizes first, then of the first position at which something is wrong; -1 for none."""
+    negative, negative2, *positions = wrong
+    for name, values, sample in (("sizes", sizes, negative), ("sizes2", sizes2, negative2)):
+        if values is not None and sample >= 0:
+            raise ValueError(f"{name}: expected sizes of at least 0, got {int(values[sample])} for sample {sample}")
+    position = min((p for p in positions if p >= 0), default=-1)
+    if position < 0:
+        return
+    bad_id, repeated, _too_large = positions
+    sample = position if order is None else int(order[position])
+    if position == bad_id:
+        raise ValueError(f"order: expected sample ids in [0, {len(sizes)}), got {sample} at position {position}")
+    if position == repeated:
+        raise ValueError(f"order: expected distinct sample ids, got {sample} again at position {position}")
+    name, size, limit = "", int(sizes[sample]), budget
+    if size <= budget and sizes2 is not None and budget2 is not None:
+        name, size, limit = "2", int(sizes2[sample]), budget2
+    raise ValueError(
+        f"sizes{name}: expected every sample within budget{name} = {limit}, got sample {sample} of size {size} "
+        '(oversize="own_batch" and "skip" accept it)'
+    )
 
 
 def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -241,4 +313,4 @@ def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return index, ptr, fill, left
 
 
-_op = register(_SCHEMA, cpu=_cpu, fake=_fake, options={"oversize": _OVERSIZE})
+_op = register(_SCHEMA, cpu=_cpu, cuda=_cuda, fake=_fake, options={"oversize": _OVERSIZE})

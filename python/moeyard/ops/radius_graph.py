@@ -19,7 +19,7 @@ from torch import Tensor
 from moeyard import _native
 from moeyard.ops import _check, _radius_graph_grad
 from moeyard.ops._radius_graph_native import NO_POINTS, NOT_PERIODIC, ids, periodicity, point_set
-from moeyard.ops._register import DTYPE_CODE, Gradient, contiguous, register
+from moeyard.ops._register import DTYPE_CODE, Gradient, contiguous, device_and_stream, register
 
 _SCHEMA = (
     "radius_graph(Tensor pos, Tensor? centres, float r, int? k, Tensor? batch, Tensor? batch_centres, Tensor? ptr, "
@@ -104,10 +104,15 @@ def radius_graph(
             or cells, singular cells, more than 2^27 periodic images of a graph's points within reach, r not in (0, inf)
             or with a square that the dtype cannot hold, `half` with `max_num_neighbors`, `pbc` without `cell`.
 
-    Determinism: bit-identical for any thread count and SIMD level. Autocast: `pos` keeps its dtype. Gradient:
-    `distance` and `vector` to `pos` and `cell`, twice; the distance of coincident points has gradient 0.
+        On a GPU bad values have no edges, and `check_device_errors` tells of them.
 
-    Source: cell lists (Hockney and Eastwood 1981; Allen and Tildesley 1987) and k-d trees (Bentley 1975).
+    Determinism: bit-identical for any thread count and SIMD level; equal edges in equal order on every device.
+    Autocast: `pos` keeps its dtype. Gradient: `distance` and `vector` to `pos` and `cell`, twice; the distance of
+    coincident points has gradient 0. On a GPU a call without `max_edges` waits for the device, once, and only fewer
+    than 2^31 edges have a gradient.
+
+    Source: cell lists (Hockney and Eastwood 1981; Allen and Tildesley 1987) and k-d trees (Bentley 1975); on a GPU a
+    tree of boxes over points along a Z-order curve (Morton 1966; Lauterbach et al. 2009, Computer Graphics Forum 28).
     """
     r = _cutoff(r)
     _check.option("flow", flow, _FLOWS)
@@ -269,6 +274,16 @@ def _validate_set(pos: Tensor, batch: Tensor | None, ptr: Tensor | None, name: s
 # ---- implementations ------------------------------------------------------------------------------------------------
 
 
+def _counts_within_limits(pos: Tensor, centres: Tensor | None, max_edges: int | None) -> tuple[int, int]:
+    count, count_centres = pos.shape[0], 0 if centres is None else centres.shape[0]
+    if count > _MAX_POINTS or count_centres > _MAX_POINTS:
+        name, found = ("y", count_centres) if count <= _MAX_POINTS else ("pos" if centres is None else "x", count)
+        raise ValueError(f"{name}: expected at most 2^31 - 1 points, got {found}")
+    if max_edges is not None and max_edges > _MAX_EDGES:
+        raise ValueError(f"max_edges: expected at most 2^48, got {max_edges}")
+    return count, count_centres
+
+
 def _cpu(
     pos: Tensor, centres: Tensor | None, r: float, k: int | None, batch: Tensor | None, batch_centres: Tensor | None,
     ptr: Tensor | None, ptr_centres: Tensor | None, cell: Tensor | None, pbc: Tensor | None,
@@ -279,12 +294,7 @@ def _cpu(
         pos, centres, k, batch, batch_centres, ptr, ptr_centres, cell, pbc, max_num_neighbors, symmetric, half,
         max_edges,
     )  # fmt: skip
-    count, count_centres = pos.shape[0], 0 if centres is None else centres.shape[0]
-    if count > _MAX_POINTS or count_centres > _MAX_POINTS:
-        name, found = ("y", count_centres) if count <= _MAX_POINTS else ("pos" if centres is None else "x", count)
-        raise ValueError(f"{name}: expected at most 2^31 - 1 points, got {found}")
-    if max_edges is not None and max_edges > _MAX_EDGES:
-        raise ValueError(f"max_edges: expected at most 2^48, got {max_edges}")
+    count, count_centres = _counts_within_limits(pos, centres, max_edges)
     cpu, threads, code = _native.cpu, torch.get_num_threads(), DTYPE_CODE[pos.dtype]
     # Held by name until the kernels are done.
     pos, batch, ptr = pos.contiguous(), ids(batch), ids(ptr)
@@ -330,6 +340,69 @@ def _outputs(pos: Tensor, centres: Tensor | None, cell: Tensor | None, geometry:
     )
 
 
+def _cuda(
+    pos: Tensor, centres: Tensor | None, r: float, k: int | None, batch: Tensor | None, batch_centres: Tensor | None,
+    ptr: Tensor | None, ptr_centres: Tensor | None, cell: Tensor | None, pbc: Tensor | None,
+    max_num_neighbors: int | None, symmetric: bool, loop: bool, half: bool, centre_is_source: bool, geometry: bool,
+    max_edges: int | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    _validate(
+        pos, centres, k, batch, batch_centres, ptr, ptr_centres, cell, pbc, max_num_neighbors, symmetric, half,
+        max_edges,
+    )  # fmt: skip
+    count, count_centres = _counts_within_limits(pos, centres, max_edges)
+    # Held by name until the kernels are enqueued.
+    pos, batch, ptr = pos.contiguous(), ids(batch), ids(ptr)
+    points, homes, periodic = point_set(pos, count, batch, ptr), NO_POINTS, NOT_PERIODIC
+    if centres is not None:
+        centres, batch_centres, ptr_centres = centres.contiguous(), ids(batch_centres), ids(ptr_centres)
+        homes = point_set(centres, count_centres, batch_centres, ptr_centres)
+    if cell is not None:
+        cell, pbc = cell.contiguous(), contiguous(pbc)
+        periodic = periodicity(cell, pbc)
+    native, where = _native.cuda(), device_and_stream(pos)
+    options = native.RadiusOptions(r, k or -1, max_num_neighbors or -1, symmetric, loop, half)
+    request = DTYPE_CODE[pos.dtype], points, homes, periodic, options
+    errors = native.device_errors(where[0])
+    workspace = pos.new_empty(native.radius_graph_workspace(*request), dtype=torch.uint8)
+    counts = _counts(pos, centres)
+    before = (0, 0, 0, 0, 0, *[t.data_ptr() for t in counts])
+    native.radius_graph_search(*request, before, workspace.data_ptr(), errors, *where)
+    m = int(counts[2]) if max_edges is None else max_edges  # the first waits for the device
+    out = (*_per_edge(pos, cell, geometry, m), *counts)
+    edge_index, distance, vector, cell_shift = out[:4]
+    sources = edge_index.data_ptr()
+    targets = sources + m * edge_index.element_size()
+    centre, neighbour = (sources, targets) if centre_is_source else (targets, sources)
+    addresses = (
+        centre, neighbour, distance.data_ptr() if geometry else 0, vector.data_ptr() if geometry else 0,
+        cell_shift.data_ptr() if cell is not None else 0, *before[5:],
+    )  # fmt: skip
+    keys = pos.new_empty(m + 32 if native.radius_graph_wants_keys(options) else 0, dtype=torch.int64)
+    native.radius_graph_fill(
+        *request, m, addresses, r if k is None else 0.0, workspace.data_ptr(), keys.data_ptr(), errors,
+        *where,
+    )  # fmt: skip
+    return out
+
+
+def _per_edge(pos: Tensor, cell: Tensor | None, geometry: bool, m: Any) -> tuple[Tensor, ...]:
+    with_geometry = m if geometry else 0
+    return (
+        pos.new_empty(2, m, dtype=torch.int64),
+        pos.new_empty(with_geometry),
+        pos.new_empty(with_geometry, 3),
+        pos.new_empty(m if cell is not None else 0, 3, dtype=torch.int32),
+    )
+
+
+def _counts(pos: Tensor, centres: Tensor | None) -> tuple[Tensor, ...]:
+    """num_neighbors, truncated, num_edges, overflow."""
+    num_neighbors = pos.new_empty((pos if centres is None else centres).shape[0], dtype=torch.int32)
+    truncated = pos.new_empty((), dtype=torch.int64)
+    return num_neighbors, truncated, torch.empty_like(truncated), torch.empty_like(truncated, dtype=torch.bool)
+
+
 def _fake(
     pos: Tensor, centres: Tensor | None, r: float, k: int | None, batch: Tensor | None, batch_centres: Tensor | None,
     ptr: Tensor | None, ptr_centres: Tensor | None, cell: Tensor | None, pbc: Tensor | None,
@@ -352,7 +425,7 @@ class _Gradient(Gradient):
         return _radius_graph_grad.input_gradients(ctx, grads[1], grads[2])
 
 
-_op = register(_SCHEMA, cpu=_cpu, fake=_fake, gradient=_Gradient)
+_op = register(_SCHEMA, cpu=_cpu, cuda=_cuda, fake=_fake, gradient=_Gradient)
 _radius_op = _op.named(
     "centres", pos="x", centres="y", batch="batch_x", batch_centres="batch_y", ptr="ptr_x", ptr_centres="ptr_y"
 )

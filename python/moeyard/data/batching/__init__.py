@@ -2,10 +2,15 @@
 
 from moeyard.data.batching.collate import StructureBatch, collate
 from moeyard.data.batching.dataset import StructureDataset, structure_loader
+from moeyard.data.batching.resident import PlannedBatch, ResidentBatches, ResidentLoader, ResidentTable
 from moeyard.data.batching.sampler import AtomBudgetBatchSampler
 
 __all__ = [
     "AtomBudgetBatchSampler",
+    "PlannedBatch",
+    "ResidentBatches",
+    "ResidentLoader",
+    "ResidentTable",
     "StructureBatch",
     "StructureDataset",
     "collate",

@@ -21,7 +21,8 @@ class AtomBudgetBatchSampler(Sampler[list[int]]):
     """Lists of ids whose sizes add up to at most `max_atoms_per_batch`; the `batch_sampler` of a DataLoader.
 
     Args:
-        sizes: [S] int64 or int32, the number of atoms of each structure (`table.sizes`), or a list of ints.
+        sizes: [S] int64 or int32, the number of atoms of each structure (`table.sizes`), or a list of ints. On a GPU
+            epochs are planned there, next-fit only (lookahead=0).
         max_atoms_per_batch: the budget, atoms.
         shuffle: a new order in every epoch (`set_epoch`); False keeps the order of the table.
         seed: of the order; together with the epoch it decides every batch.
@@ -111,7 +112,8 @@ class AtomBudgetBatchSampler(Sampler[list[int]]):
         # A hash of both numbers: seed 0 in epoch 1 shall not be seed 1 in epoch 0.
         state = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(state[0]) >> 1)
-        return torch.randperm(self.sizes.shape[0] if self.sizes.dim() else 0, generator=generator)
+        order = torch.randperm(self.sizes.shape[0] if self.sizes.dim() else 0, generator=generator)
+        return order.to(self.sizes.device)
 
 
 def _integer(name: str, value: int, minimum: int) -> int:

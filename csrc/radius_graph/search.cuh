@@ -1,0 +1,255 @@
+// The kernels of a search: how many edges each centre has, and the edges. A warp works on one centre at a time.
+#pragma once
+#include "radius_graph/lists.cuh"
+
+namespace moeyard::cuda {
+namespace {
+
+constexpr int kSearchThreads = 128, kSearchWarps = kSearchThreads / 32;
+
+/// The last hit that a capped centre keeps, when it keeps not all of them.
+template <class T>
+struct Bound {
+  T d2;  // infinite: it keeps all
+  int32_t j;
+  Shift s;
+
+  __device__ bool keeps(T d2_, int64_t j_, const Shift& s_) const {
+    if (d2_ != d2) return d2_ < d2;
+    return j_ != j ? j_ < j : !(s < s_);
+  }
+};
+
+/// What the kernels of one search read and write.
+template <class T>
+struct Search {
+  Call<T> call;
+  Tree<T> tree;
+  T limit2;          // the largest square of an edge's length
+  Bound<T>* bounds;  // [centres] of a symmetric selection; else null
+  int64_t* offsets;  // [centres + 1] first edges
+  RadiusOutputs out;
+  uint64_t* keys;  // [capacity + 32] of edges, not yet in order; null where each centre's are selected in a list
+  void* lists;     // memory of lists, if they do not fit shared memory
+  int64_t list_room;
+
+  __device__ int64_t first_centre() const { return int64_t(blockIdx.x) * kSearchWarps + threadIdx.x / 32; }
+  __device__ int64_t step() const { return int64_t(gridDim.x) * kSearchWarps; }
+  /// Centres in the order of the tree lie together, and so do the points that they ask for.
+  __device__ int64_t centre(int64_t number) const { return call.pairs.same ? tree.id[number] : number; }
+};
+
+/// Whether either end of a pair keeps it, for a symmetric selection.
+template <class T>
+__device__ bool kept(const Search<T>& s, const Centre<T>& centre, bool hit, T d2, uint64_t key) {
+  if (!hit || !s.bounds) return hit;
+  const int64_t j = int64_t(key >> 32);
+  const Shift shift = shift_of(s.call, centre, j, int64_t(key & 0xffffffffu));
+  if (s.bounds[centre.i].keeps(d2, j, shift)) return true;
+  return s.bounds[j].keeps(d2, centre.i, {{-shift.n[0], -shift.n[1], -shift.n[2]}});
+}
+
+/// Calls take(hit, key) for all that is within the limit, until it returns false.
+template <class T, class Take>
+__device__ void for_each_kept(const Search<T>& s, Centre<T>& centre, Take&& take) {
+  if (centre.isolated) return;
+  Limit<T> limit(centre, s.limit2);
+  if (centre.periodic() && !centre.choose_images(s.call, limit.reach())) return;
+  for_each_hit<false>(s.call, s.tree, centre, limit, [&](bool hit, T d2, uint64_t key) {
+    if (!take(kept(s, centre, hit, d2, key), key)) limit.end();
+  });
+}
+
+// ---- counts ---------------------------------------------------------------------------------------------------------
+
+__global__ void begin_search_kernel(RadiusOutputs out) { *out.truncated = 0; }
+
+/// How many edges each centre has.
+template <class T>
+__global__ void __launch_bounds__(kSearchThreads) count_edges_kernel(Search<T> s) {
+  const RadiusOptions& options = s.call.options;
+  for (int64_t w = s.first_centre(); w < s.call.centres.set.count; w += s.step()) {
+    Centre<T> centre(s.call, s.centre(w));
+    // Of a crowd only the cap matters.
+    const int64_t most = options.max_neighbors > 0 && !s.bounds ? options.max_neighbors : int64_t(1) << 62;
+    int64_t n = 0;
+    for_each_kept(s, centre, [&](bool hit, uint64_t) { return (n += __popc(__ballot_sync(kAllLanes, hit))) <= most; });
+    const bool cut = options.max_neighbors > 0 && n > options.max_neighbors && !s.bounds;
+    if (lane_number() > 0) continue;
+    if (cut) atomicAdd(reinterpret_cast<unsigned long long*>(s.out.truncated), 1ull);
+    s.out.num_neighbors[centre.i] = int32_t(cut ? options.max_neighbors : n);
+  }
+}
+
+/// The same for the k nearest: a matter of numbers alone.
+template <class T>
+__global__ void __launch_bounds__(kThreads) count_nearest_kernel(Search<T> s) {
+  const int64_t i = thread_number();
+  if (i >= s.call.centres.set.count) return;
+  const Centre<T> centre(s.call, i);
+  const int64_t others = centre.query.range.size() - (s.call.pairs.same && !s.call.options.loop);
+  s.out.num_neighbors[i] =
+      centre.isolated ? 0
+                      : int32_t(centre.periodic() ? s.call.options.k : min(s.call.options.k, max(others, int64_t(0))));
+}
+
+struct Counts {
+  const int32_t* count;
+  __device__ int64_t operator()(int64_t i) const { return count[i]; }
+};
+struct Offsets {
+  int64_t *offsets, centres;
+  RadiusOutputs out;
+  __device__ void operator()(int64_t i, int64_t before, int64_t) const { offsets[i] = before; }
+  __device__ void total(int64_t all) const { offsets[centres] = *out.num_edges = all; }
+};
+
+// ---- edges ----------------------------------------------------------------------------------------------------------
+
+template <class T>
+__device__ void write_edges(const Search<T>& s, const Centre<T>& centre, const uint64_t* keys, int64_t n) {
+  const RadiusOutputs& out = s.out;
+  const int64_t first = s.offsets[centre.i];
+  n = min(n, out.capacity - first);
+  for (int64_t k = lane_number(); k < n; k += 32) {
+    const int64_t e = first + k, j = int64_t(keys[k] >> 32);
+    const Shift shift = shift_of(s.call, centre, j, int64_t(keys[k] & 0xffffffffu));
+    out.centre[e] = centre.i, out.neighbour[e] = j;
+    if (out.cell_shift)
+      for (int c = 0; c < 3; ++c) out.cell_shift[3 * e + c] = shift.n[c];
+    if (!out.distance) continue;
+    const Vec3<T> d = centre.vectors ? s.call.pairs(centre.i, j, shift, centre.vectors) : s.call.pairs(centre.i, j);
+    T* const vector = static_cast<T*>(out.vector) + 3 * e;
+    vector[0] = d.x, vector[1] = d.y, vector[2] = d.z;
+    static_cast<T*>(out.distance)[e] = sqrt(squared_norm(d));
+  }
+}
+
+/// All edges of each centre, by way of their keys in global memory.
+template <class T>
+__global__ void __launch_bounds__(kSearchThreads) all_edges_kernel(Search<T> s) {
+  for (int64_t w = s.first_centre(); w < s.call.centres.set.count; w += s.step()) {
+    Centre<T> centre(s.call, s.centre(w));
+    const int64_t first = s.offsets[centre.i], end = s.offsets[centre.i + 1];
+    if (first >= s.out.capacity) continue;
+    uint64_t* const keys = s.keys + first;
+    // Of the centre on which the capacity ends only the first edges are wanted, and there is room for few more.
+    const int64_t room = s.out.capacity + 32 - first, wanted = min(end, s.out.capacity) - first;
+    int64_t n = 0;
+    for_each_kept(s, centre, [&](bool hit, uint64_t key) {
+      const unsigned hits = __ballot_sync(kAllLanes, hit);
+      if (end > s.out.capacity && n + 32 > room) {
+        sort_keys(keys, n);
+        n = wanted;
+      }
+      if (hit) keys[n + __popc(hits & ((1u << lane_number()) - 1))] = key;
+      n += __popc(hits);
+      return true;
+    });
+    sort_keys(keys, n);
+    write_edges(s, centre, keys, n);
+  }
+}
+
+/// The k nearest in free space, or within the limit.
+template <class T>
+__device__ void find_nearest(const Search<T>& s, Centre<T>& centre, NearestList<T>& list, T limit2) {
+  Limit<T> limit(centre, limit2);
+  if (centre.periodic() && !centre.choose_images(s.call, limit.reach())) return;
+  for_each_hit<true>(s.call, s.tree, centre, limit,
+                     [&](bool hit, T d2, uint64_t key) { list.take(hit, d2, key, centre, limit); });
+}
+
+/// The k nearest of a periodic graph, in growing distances: along the shortest cell vector alone a point meets two
+/// images of itself per length, which bounds what can ever be needed.
+template <class T>
+__device__ void find_nearest_images(const Search<T>& s, Centre<T>& centre, NearestList<T>& list) {
+  const double shortest = centre.cell->lattice.shortest(), bound = (0.5 * double(list.k) + 1) * shortest;
+  for (double radius = 0.5 * shortest; !centre.isolated; radius *= 2) {
+    list.n = 0, list.full = false;
+    // All that is nearer than the bound and more is asked for in the end: the edge test's rounding comes on top.
+    const double reach = min(radius, bound) * (radius < bound ? 1 : 1 + 1e-3);
+    find_nearest(s, centre, list, T(reach * reach));
+    if (list.n >= list.k || radius >= bound) return;
+  }
+}
+
+template <class T>
+__device__ NearestList<T> make_list(const Search<T>& s, void* shared) {
+  const int64_t k = s.call.options.k > 0 ? s.call.options.k : s.call.options.max_neighbors, room = s.list_room;
+  const int64_t warp = s.lists ? s.first_centre() : int64_t(threadIdx.x) / 32;
+  char* const memory =
+      static_cast<char*>(s.lists ? s.lists : shared) + warp * room * int64_t(sizeof(uint64_t) + sizeof(T));
+  uint64_t* const key = reinterpret_cast<uint64_t*>(memory);
+  return {reinterpret_cast<T*>(key + room), key, k, room};
+}
+
+template <class T>
+__device__ void fill_list(const Search<T>& s, Centre<T>& centre, NearestList<T>& list) {
+  list.n = 0, list.full = false;
+  if (!centre.isolated) {
+    if (s.call.options.k > 0 && centre.periodic())
+      find_nearest_images(s, centre, list);
+    else
+      find_nearest(s, centre, list, s.limit2);
+  }
+  list.tidy();
+}
+
+/// The edges of each centre that are selected by distance.
+template <class T>
+__global__ void __launch_bounds__(kSearchThreads) nearest_edges_kernel(Search<T> s) {
+  CU_DYN_SHARED(char, shared);
+  NearestList<T> list = make_list(s, shared);
+  for (int64_t w = s.first_centre(); w < s.call.centres.set.count; w += s.step()) {
+    Centre<T> centre(s.call, s.centre(w));
+    const int64_t count = s.offsets[centre.i + 1] - s.offsets[centre.i];
+    if (count == 0 || s.offsets[centre.i] >= s.out.capacity) continue;
+    fill_list(s, centre, list);
+    sort_keys(list.key, list.n);
+    // Points whose squared distances are infinite: rows must not stay unwritten.
+    if (list.n < count) {
+      atomicOr(s.call.errors, unsigned(kPointsTooDistant));
+      for (int64_t at = list.n + lane_number(); at < count; at += 32) list.key[at] = key_of(centre.i, 0);
+      __syncwarp();
+    }
+    write_edges(s, centre, list.key, count);
+    __syncwarp();
+  }
+}
+
+/// Where each centre's selection ends.
+template <class T>
+__global__ void __launch_bounds__(kSearchThreads) bounds_kernel(Search<T> s, Bound<T>* bounds) {
+  CU_DYN_SHARED(char, shared);
+  NearestList<T> list = make_list(s, shared);
+  for (int64_t w = s.first_centre(); w < s.call.centres.set.count; w += s.step()) {
+    Centre<T> centre(s.call, s.centre(w));
+    fill_list(s, centre, list);
+    Bound<T> bound{kInfinite<T>, 0, {{0, 0, 0}}};
+    if (list.n == list.k) {
+      const uint64_t last = list.key[list.k - 1];
+      bound = {list.d2[list.k - 1], int32_t(last >> 32),
+               shift_of(s.call, centre, int64_t(last >> 32), int64_t(last & 0xffffffffu))};
+    }
+    if (lane_number() == 0) bounds[centre.i] = bound;
+    __syncwarp();
+  }
+}
+
+/// What is left of the capacity: 0 -> 0.
+template <class T>
+__global__ void __launch_bounds__(kThreads) pad_edges_kernel(RadiusOutputs out) {
+  if (thread_number() == 0) *out.overflow = *out.num_edges > out.capacity;
+  for (int64_t e = *out.num_edges + thread_number(); e < out.capacity; e += int64_t(gridDim.x) * kThreads) {
+    out.centre[e] = out.neighbour[e] = 0;
+    for (int c = 0; c < 3; ++c) {
+      if (out.cell_shift) out.cell_shift[3 * e + c] = 0;
+      if (out.vector) static_cast<T*>(out.vector)[3 * e + c] = T(0);
+    }
+    if (out.distance) static_cast<T*>(out.distance)[e] = T(out.padding);
+  }
+}
+
+}  // namespace
+}  // namespace moeyard::cuda
