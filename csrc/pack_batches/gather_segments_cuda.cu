@@ -98,7 +98,8 @@ __global__ void __launch_bounds__(kThreads)
     for (int j = 0; j < kWords; ++j) {
       const int w = base + j * kThreads, r = tiles.row_of(w);
       const int64_t from = w < words ? source[r] : -1, at = tiles.column_of(w, r);
-      word[j] = load_if(from >= 0 && at < tiles.row_words, values + from + at);
+      const bool wanted = from >= 0 && at < tiles.row_words;
+      word[j] = load_if(wanted, values + (wanted ? from + at : 0));
       if constexpr (kAdd)
         if (from >= 0) word[j] = W(word[j] + W(chosen.add[segment_of[r]]));
     }

@@ -191,8 +191,8 @@ struct PackWork {
   PackWork(const PackRequest& q, int64_t* index, PackSummary* summary, Workspace& w)
       : a(q, index, summary, w), table(q, w), runs{} {
     const int64_t length = q.segments ? q.length : 0;
-    runs = {a.rank_of_place,          w.take<uint32_t>(length), w.take<uint32_t>(length),
-            w.take<uint32_t>(length), &summary->packed,         q.length};
+    runs = {a.rank_of_place, w.take<uint32_t>(length), w.take<uint32_t>(length), w.take<uint32_t>(length), summary,
+            q.length};
     sums = w.take<__int128>(prefix_sums_workspace(q.length));
   }
   template <class T>

@@ -100,9 +100,10 @@ struct RankRuns {
   const uint32_t* rank;                         // [length], of places; null without segments
   uint32_t *previous, *next_run, *next_change;  // [length] starts of runs: the last before a place; the next after it,
                                                 // and the next whose rank is not that of the run before the last
-  const unsigned long long* packed;
+  const PackSummary* summary;
   int64_t length;
 
+  __device__ int64_t packed() const { return int64_t(summary->packed); }
   __device__ bool starts(int64_t c) const { return c == 0 || rank[c] != rank[c - 1]; }
   __device__ bool changes(int64_t c) const {
     return c > 0 && starts(c) && previous[c] > 0 && rank[c] != rank[previous[c] - 1];
@@ -110,9 +111,9 @@ struct RankRuns {
   /// The first place that a batch from c on cannot take.
   __device__ int64_t stop(int64_t c) const {
     const uint32_t end = next_run[c];
-    if (end == kNever) return int64_t(*packed);
+    if (end == kNever) return packed();
     if (rank[end] != rank[c] + 1) return end;
-    return next_change[end] == kNever ? int64_t(*packed) : next_change[end];
+    return next_change[end] == kNever ? packed() : next_change[end];
   }
 };
 
@@ -122,9 +123,7 @@ struct Latest {
 };
 struct PreviousRuns {
   RankRuns runs;
-  __device__ Latest operator()(int64_t c) const {
-    return {c < int64_t(*runs.packed) && runs.starts(c) ? uint32_t(c) : 0};
-  }
+  __device__ Latest operator()(int64_t c) const { return {c < runs.packed() && runs.starts(c) ? uint32_t(c) : 0}; }
   __device__ void operator()(int64_t c, Latest before, Latest) const { runs.previous[c] = before.at; }
   __device__ void total(Latest) const {}
 };
@@ -137,7 +136,7 @@ struct NextRuns {  // from the end
   RankRuns runs;
   __device__ Soonest operator()(int64_t i) const {
     const int64_t c = runs.length - 1 - i;
-    if (c >= int64_t(*runs.packed)) return {};
+    if (c >= runs.packed()) return {};
     return {runs.starts(c) ? uint32_t(c) : kNever, runs.changes(c) ? uint32_t(c) : kNever};
   }
   __device__ void operator()(int64_t i, const Soonest& after, const Soonest&) const {
