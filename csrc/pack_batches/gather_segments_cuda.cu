@@ -135,7 +135,7 @@ struct Sorted {
 };
 
 __global__ void __launch_bounds__(kThreads) list_kernel(SortPass<FirstValues> p, Sorted s, unsigned* errors) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t i = thread_number();
   if (i >= s.count()) return;
   const int32_t item = p.list[i];
   const int64_t m = p.keys.segment(item), row = p.keys.out_ptr[m], begin = p.keys(item);
@@ -230,8 +230,7 @@ void gather_segments_backward(const SegmentsRequest& q, const int64_t* out_ptr, 
   const Work work(q, parts);
   const auto s = static_cast<Stream>(stream);
   const auto sorted = sort_items(FirstValues{q, out_ptr}, work.shape, work.room, NoSide{}, s);
-  const dim3 blocks(unsigned(std::max<int64_t>(1, ceil_div(q.count, kThreads))));
-  cu_launch(list_kernel, blocks, dim3(kThreads), 0, s, sorted, work.sorted, errors);
+  cu_launch(list_kernel, grid_of(q.count), dim3(kThreads), 0, s, sorted, work.sorted, errors);
   const Tiles tiles(q.num_values, row_items);
   with_float_type(dtype, [&](auto zero) {
     using T = decltype(zero);

@@ -53,7 +53,7 @@ __global__ void begin_kernel(PackSummary* summary) {
 }
 
 template <class Sum>
-__global__ void __launch_bounds__(kPackThreads) check_sizes_kernel(PackArrays<Sum> a) {
+__global__ void __launch_bounds__(kThreads) check_sizes_kernel(PackArrays<Sum> a) {
   const int64_t id = thread_number();
   if (id >= a.q.samples) return;
   if (a.q.sizes[id] < 0) note(a.summary->negative, id);
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kPackThreads) check_sizes_kernel(PackArrays<Su
 }
 
 template <class Sum>
-__global__ void __launch_bounds__(kPackThreads) see_ids_kernel(PackArrays<Sum> a) {
+__global__ void __launch_bounds__(kThreads) see_ids_kernel(PackArrays<Sum> a) {
   const int64_t p = thread_number();
   if (p >= a.q.length) return;
   const int64_t id = a.q.order[p];
@@ -133,7 +133,7 @@ __device__ int64_t reach(const Sum* total, int64_t begin, int64_t limit, int64_t
 }
 
 template <class Sum>
-__global__ void __launch_bounds__(kPackThreads) first_jumps_kernel(PackArrays<Sum> a, RankRuns runs) {
+__global__ void __launch_bounds__(kThreads) first_jumps_kernel(PackArrays<Sum> a, RankRuns runs) {
   const int64_t c = thread_number(), packed = a.packed();
   if (c > a.q.length) return;
   a.starts[c] = c == 0 ? 0 : uint32_t(packed);
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kPackThreads) first_jumps_kernel(PackArrays<Su
 
 /// `known` starts become twice as many, and jumps over as many batches jumps over twice as many.
 template <class Sum>
-__global__ void __launch_bounds__(kPackThreads)
+__global__ void __launch_bounds__(kThreads)
     double_kernel(PackArrays<Sum> a, const uint32_t* jump, uint32_t* twice, int64_t known) {
   const int64_t c = thread_number(), packed = a.packed();
   if (c > packed) return;
@@ -161,13 +161,13 @@ __global__ void __launch_bounds__(kPackThreads)
 }
 
 template <class Sum>
-__global__ void __launch_bounds__(kPackThreads) count_batches_kernel(PackArrays<Sum> a) {
+__global__ void __launch_bounds__(kThreads) count_batches_kernel(PackArrays<Sum> a) {
   const int64_t b = thread_number(), packed = a.packed();
   if (b < packed && a.starts[b] < packed && a.starts[b + 1] >= packed) a.summary->batches = Word(b + 1);
 }
 
 template <class Sum>
-__global__ void __launch_bounds__(kPackThreads)
+__global__ void __launch_bounds__(kThreads)
     write_batches_kernel(PackArrays<Sum> a, int64_t batches, int64_t* ptr, int64_t* fill) {
   const int64_t b = thread_number();
   if (b > batches) return;
@@ -213,9 +213,9 @@ auto with_sum(const PackRequest& q, F&& f) {
 template <class Sum>
 void pack(const PackWork<Sum>& w, Stream stream) {
   const PackArrays<Sum>& a = w.a;
-  const dim3 block(kPackThreads), places = pack_grid(a.q.length + 1);
+  const dim3 block(kThreads), places = grid_of(a.q.length + 1);
   cu_launch(begin_kernel, dim3(1), dim3(1), 0, stream, a.summary);
-  cu_launch(check_sizes_kernel<Sum>, pack_grid(a.q.samples), block, 0, stream, a);
+  cu_launch(check_sizes_kernel<Sum>, grid_of(a.q.samples), block, 0, stream, a);
   if (a.q.order) cu_launch(see_ids_kernel<Sum>, places, block, 0, stream, a);
   if (a.q.segments) rank_segments(w.table, w.template sums_of<uint32_t>(), stream);
   const Places<Sum> packed{a, a.q.segments ? w.table.rank : nullptr};
@@ -259,8 +259,8 @@ void pack_batches_fill(const PackRequest& q, const int64_t* index, const PackSum
     using Sum = decltype(zero);
     Workspace w(workspace);
     const PackWork<Sum> work(q, const_cast<int64_t*>(index), const_cast<PackSummary*>(summary), w);
-    cu_launch(write_batches_kernel<Sum>, pack_grid(batches + 1), dim3(kPackThreads), 0, static_cast<Stream>(stream),
-              work.a, batches, ptr, fill);
+    cu_launch(write_batches_kernel<Sum>, grid_of(batches + 1), dim3(kThreads), 0, static_cast<Stream>(stream), work.a,
+              batches, ptr, fill);
   });
 }
 

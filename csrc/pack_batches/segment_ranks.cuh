@@ -2,6 +2,7 @@
 // first appearance in the order. Here: those ranks, and the first place that a batch from a given start cannot take.
 #pragma once
 #include "common/device.cuh"
+#include "common/grid.cuh"
 #include "common/scan.cuh"
 #include "common/workspace.hpp"
 #include "pack_batches/pack_batches.hpp"
@@ -10,12 +11,6 @@ namespace moeyard::cuda {
 namespace {
 
 constexpr uint32_t kNever = 0xffffffffu;
-constexpr int kPackThreads = 256;
-
-__device__ inline int64_t thread_number() { return int64_t(blockIdx.x) * blockDim.x + threadIdx.x; }
-inline dim3 pack_grid(int64_t threads) {
-  return dim3(unsigned(std::max<int64_t>(1, (threads + kPackThreads - 1) / kPackThreads)));
-}
 
 __device__ inline int64_t id_at(const PackRequest& q, int64_t position) {
   return q.order ? q.order[position] : position;
@@ -72,24 +67,24 @@ struct SegmentTable {
   __device__ void total(uint32_t) const {}
 };
 
-__global__ void __launch_bounds__(kPackThreads) clear_table_kernel(SegmentTable t) {
+__global__ void __launch_bounds__(kThreads) clear_table_kernel(SegmentTable t) {
   if (thread_number() < t.slots) t.slot[thread_number()] = kNever;
 }
-__global__ void __launch_bounds__(kPackThreads) enter_segments_kernel(SegmentTable t) {
+__global__ void __launch_bounds__(kThreads) enter_segments_kernel(SegmentTable t) {
   const int64_t p = thread_number();
   if (p < t.q.length && t.starts_run(p)) t.enter(uint32_t(p));
 }
-__global__ void __launch_bounds__(kPackThreads) rank_segments_kernel(SegmentTable t) {
+__global__ void __launch_bounds__(kThreads) rank_segments_kernel(SegmentTable t) {
   const int64_t p = thread_number();
   if (p < t.q.length) t.rank[p] = t.before[t.first_position(p)];
 }
 
 inline void rank_segments(const SegmentTable& t, uint32_t* sums, Stream stream) {
-  const dim3 block(kPackThreads);
-  cu_launch(clear_table_kernel, pack_grid(t.slots), block, 0, stream, t);
-  cu_launch(enter_segments_kernel, pack_grid(t.q.length), block, 0, stream, t);
+  const dim3 block(kThreads);
+  cu_launch(clear_table_kernel, grid_of(t.slots), block, 0, stream, t);
+  cu_launch(enter_segments_kernel, grid_of(t.q.length), block, 0, stream, t);
   prefix_sums(t, t, t.q.length, sums, stream);
-  cu_launch(rank_segments_kernel, pack_grid(t.q.length), block, 0, stream, t);
+  cu_launch(rank_segments_kernel, grid_of(t.q.length), block, 0, stream, t);
 }
 
 // ---- stops ----------------------------------------------------------------------------------------------------------

@@ -5,13 +5,13 @@
 #include <algorithm>
 
 #include "common/device.cuh"
+#include "common/grid.cuh"
 #include "common/scan.cuh"
 #include "common/words.cuh"
 
 namespace moeyard::cuda {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kRowsEach = 4;  // of a thread, in a full tile
 constexpr int64_t kTileRows = kThreads * kRowsEach;
 constexpr int64_t kFewRows = 64, kBlocks = 528;  // small batches have tiles of fewer rows, to reach 132 multiprocessors
@@ -54,19 +54,10 @@ __device__ int64_t last_start(const Starts& starts, int64_t row) {
   return low;
 }
 
-// The largest value of the threads before this one, -1 for the first. For a whole block.
-__device__ inline int64_t largest_before(int64_t value) {
-  CU_SHARED(int64_t, largest, [kWarps]);
-  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
-#pragma unroll
-  for (int d = 1; d < 32; d *= 2) value = max(value, of_lane(value, max(lane - d, 0)));
-  if (lane == 31) largest[warp] = value;
-  const int64_t below = of_lane(value, max(lane - 1, 0));
-  __syncthreads();
-  int64_t before = lane == 0 ? -1 : below;
-  for (int w = 0; w < warp; ++w) before = max(before, largest[w]);
-  return before;
-}
+struct Largest {
+  int64_t i = -1;
+  __device__ Largest operator+(const Largest& o) const { return {max(i, o.i)}; }
+};
 
 /// segment_of[r]: the last i with start(i) <= the tile's row r, -1 for none. Starts do not fall with i.
 template <class Starts>
@@ -84,7 +75,9 @@ __device__ void number_rows(const Tiles& tiles, const Starts& starts, int64_t (&
   int64_t* const mine = segment_of + threadIdx.x * kRowsEach;
 #pragma unroll
   for (int j = 1; j < kRowsEach; ++j) mine[j] = max(mine[j - 1], mine[j]);
-  const int64_t earlier = largest_before(mine[kRowsEach - 1]);
+  Largest sum{mine[kRowsEach - 1]}, all;
+  const Largest below = sum_of_lanes(sum);
+  const int64_t earlier = (sum_of_warps<kWarps>(sum, all) + below).i;
 #pragma unroll
   for (int j = 0; j < kRowsEach; ++j) mine[j] = max(earlier, mine[j]);
   __syncthreads();

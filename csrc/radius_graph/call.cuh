@@ -1,12 +1,12 @@
 // What the kernels of a neighbour search share: the sets of points, their graphs, and the checks that only a look at
 // values can make. A bad point, graph or cell has no edges, and a bit of `errors` says so.
 #pragma once
-#include <algorithm>
 #include <cmath>
 #include <limits>
 
 #include "common/device.cuh"
 #include "common/device_errors.hpp"
+#include "common/grid.cuh"
 #include "radius_graph/geometry.hpp"
 #include "radius_graph/lattice_math.hpp"
 #include "radius_graph/radius_graph.hpp"
@@ -22,12 +22,11 @@ template <class T>
 constexpr T kLargest = std::numeric_limits<T>::max();
 template <class T>
 constexpr T kEpsilon = std::numeric_limits<T>::epsilon();
-constexpr int kThreads = 256, kWarps = kThreads / 32;
-
-__device__ inline int64_t thread_number() { return int64_t(blockIdx.x) * blockDim.x + threadIdx.x; }
 __device__ inline int lane_number() { return int(threadIdx.x) % 32; }
-inline dim3 grid_of(int64_t threads) {
-  return dim3(unsigned(std::max<int64_t>(1, (threads + kThreads - 1) / kThreads)));
+
+template <class F>
+auto with_type(DType dtype, F&& f) {
+  return dtype == DType::f64 ? f(double{}) : f(float{});
 }
 
 /// Rows [begin, end) of the points.
@@ -147,9 +146,6 @@ __global__ void __launch_bounds__(kThreads) find_lattices_kernel(Call<T> call, i
   call.cells[g] = state;
 }
 
-// Keeps n - floor + floor within int32.
-constexpr double kMaxCells = 1 << 28;
-
 template <class T>
 __global__ void __launch_bounds__(kThreads) wrap_kernel(Side<T> side, CellState* cells, unsigned* errors) {
   const int64_t i = thread_number();
@@ -161,26 +157,18 @@ __global__ void __launch_bounds__(kThreads) wrap_kernel(Side<T> side, CellState*
   if (cell >= 0 && cells[cell].usable && is_finite(xyz)) {
     const Lattice& lattice = cells[cell].lattice;
     const double p[3] = {double(xyz[0]), double(xyz[1]), double(xyz[2])};
-    double by[3];
-    bool near = true;
-    for (int k = 0; k < 3; ++k) {
-      by[k] = lattice.periodic[k] ? floor(lattice_math::dot(p, lattice.reciprocal[k])) : 0;
-      near &= fabs(by[k]) <= kMaxCells;
-    }
-    if (near) {
+    const WrappedPoint point = wrap_point(lattice, p);
+    if (point.far_axis() >= 0) {
+      atomicOr(errors, unsigned(kPointTooFar));
+    } else {
       double largest = 0;
-      for (int c = 0; c < 3; ++c) {
-        home[c] = p[c] - (by[0] * lattice.vector[0][c] + by[1] * lattice.vector[1][c] + by[2] * lattice.vector[2][c]);
-        largest = fmax(largest, fabs(home[c]));
+      for (int k = 0; k < 3; ++k) {
+        home[k] = point.home[k], moved.n[k] = int32_t(point.moved[k]);
+        largest = fmax(largest, fabs(home[k]));
+        atomicMax(&cells[cell].largest_floor[k], unsigned(moved.n[k] < 0 ? -moved.n[k] : moved.n[k]));
       }
       // Rounded up, and finite.
       atomicMax(&cells[cell].largest_home, __float_as_uint(float(fmin(largest * 1.0001, 3e38))));
-      for (int k = 0; k < 3; ++k) {
-        moved.n[k] = int32_t(by[k]);
-        atomicMax(&cells[cell].largest_floor[k], unsigned(moved.n[k] < 0 ? -moved.n[k] : moved.n[k]));
-      }
-    } else {
-      atomicOr(errors, unsigned(kPointTooFar));
     }
   }
   for (int c = 0; c < 3; ++c) side.home[3 * i + c] = T(home[c]);

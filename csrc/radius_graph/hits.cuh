@@ -8,9 +8,6 @@
 namespace moeyard::cuda {
 namespace {
 
-/// Images of one graph's points that one centre may ask for; more is a distance in the wrong unit.
-constexpr double kMostImages = 1 << 27;
-
 /// Image n of n_count along each axis from n_first on; the centre's own copy alone without a cell.
 struct Images {
   int32_t first[3] = {0, 0, 0}, count[3] = {1, 1, 1};
@@ -55,10 +52,10 @@ struct Centre {
       const double at = lattice_math::dot(p, cell->lattice.reciprocal[k]) - call.centres.floor[i].n[k];
       const double first = floor(at - width), last = floor(at + width);
       total *= last - first + 1;
-      if (!(total <= kMostImages)) break;
+      if (!(total <= kMaxImages)) break;
       images.first[k] = int32_t(first), images.count[k] = int32_t(last - first + 1);
     }
-    isolated = !(total <= kMostImages);
+    isolated = !(total <= kMaxImages);
     if (isolated) atomicOr(call.errors, unsigned(kTooManyImages));
     return !isolated;
   }

@@ -12,15 +12,6 @@ using lattice_math::dot;
 using lattice_math::kInfinity;
 using lattice_math::norm;
 
-namespace {
-
-// Keeps n - floor + floor within int32.
-constexpr double kMaxCells = 1 << 28;
-// Images of one graph's points: some gigabytes. More is a distance in the wrong unit, and would fill any memory.
-constexpr double kMaxImages = 1 << 27;
-
-}  // namespace
-
 template <class T>
 Lattice make_lattice(const Periodicity& p, int64_t graph) {
   if (p.num_cells >= 0 && graph >= p.num_cells)
@@ -47,18 +38,15 @@ Wrapped wrap(const Lattice& lattice, const T* xyz, int64_t begin, int64_t end, c
   for (int64_t i = 0; i < end - begin; ++i) {
     const T* row = xyz + 3 * (begin + i);
     const double p[3] = {double(row[0]), double(row[1]), double(row[2])};
-    double cells[3];
+    const WrappedPoint point = wrap_point(lattice, p);
+    if (const int k = point.far_axis(); k >= 0)
+      fail_value(name, ": expected coordinates within 2^28 cells of the origin, got ", dot(p, lattice.reciprocal[k]),
+                 " in row ", begin + i);
     for (int k = 0; k < 3; ++k) {
-      const double f = dot(p, lattice.reciprocal[k]);
-      cells[k] = lattice.periodic[k] ? std::floor(f) : 0;
-      if (!(std::abs(cells[k]) <= kMaxCells))
-        fail_value(name, ": expected coordinates within 2^28 cells of the origin, got ", f, " in row ", begin + i);
-      w.fraction[size_t(3 * i + k)] = f - cells[k];
-      w.floor[size_t(i)].n[k] = int32_t(cells[k]);
+      w.home[size_t(3 * i + k)] = point.home[k];
+      w.fraction[size_t(3 * i + k)] = point.fraction[k];
+      w.floor[size_t(i)].n[k] = int32_t(point.moved[k]);
     }
-    for (int c = 0; c < 3; ++c)
-      w.home[size_t(3 * i + c)] =
-          p[c] - (cells[0] * lattice.vector[0][c] + cells[1] * lattice.vector[1][c] + cells[2] * lattice.vector[2][c]);
   }
   return w;
 }

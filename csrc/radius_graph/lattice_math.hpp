@@ -22,6 +22,11 @@ struct Lattice {
 
 enum class LatticeFault { none, not_finite, singular };
 
+// Keeps n - floor + floor within int32.
+constexpr double kMaxCells = 1 << 28;
+// Images of one graph's points: some gigabytes. More is a distance in the wrong unit, and would fill any memory.
+constexpr double kMaxImages = 1 << 27;
+
 namespace lattice_math {
 
 // Unit vectors that span less than this are called dependent: their images could not be enumerated anyway.
@@ -85,6 +90,31 @@ MOEYARD_HD double Lattice::shortest() const {
   for (int k = 0; k < 3; ++k)
     if (periodic[k]) best = fmin(best, lattice_math::norm(vector[k]));
   return best;
+}
+
+/// A point moved into the cell: p = home + moved @ vectors.
+struct WrappedPoint {
+  double home[3], fraction[3], moved[3];
+
+  /// The first axis along which the point is too many cells away, -1 for none.
+  MOEYARD_HD int far_axis() const {
+    for (int k = 0; k < 3; ++k)
+      if (!(fabs(moved[k]) <= kMaxCells)) return k;
+    return -1;
+  }
+};
+
+MOEYARD_HD WrappedPoint wrap_point(const Lattice& lattice, const double* p) {
+  WrappedPoint w;
+  for (int k = 0; k < 3; ++k) {
+    const double f = lattice_math::dot(p, lattice.reciprocal[k]);
+    w.moved[k] = lattice.periodic[k] ? floor(f) : 0;
+    w.fraction[k] = f - w.moved[k];
+  }
+  for (int c = 0; c < 3; ++c)
+    w.home[c] = p[c] - (w.moved[0] * lattice.vector[0][c] + w.moved[1] * lattice.vector[1][c] +
+                        w.moved[2] * lattice.vector[2][c]);
+  return w;
 }
 
 /// The lattice of a cell with vectors as rows; null `pbc`: periodic along all three.

@@ -5,6 +5,7 @@
 #include "common/digit_sort.cuh"
 #include "common/workspace.hpp"
 #include "radius_graph/call.cuh"
+#include "radius_graph/edge_gradient.hpp"
 
 namespace moeyard::cuda {
 namespace {
@@ -64,18 +65,6 @@ __global__ void __launch_bounds__(kThreads) find_starts_kernel(List list, int64_
   for (int64_t n = max(before, int64_t(-1)) + 1; n <= node; ++n) start[n] = i;
 }
 
-/// The gradient with respect to one edge's vector.
-template <class T>
-__device__ Vec3<T> edge_gradient(const RadiusEdges& edges, int64_t e) {
-  Vec3<T> y{0, 0, 0};
-  if (const T* g = static_cast<const T*>(edges.grad_vector)) y = {g[3 * e], g[3 * e + 1], g[3 * e + 2]};
-  const T d = static_cast<const T*>(edges.distance)[e];
-  if (!edges.grad_distance || !(d > 0)) return y;
-  const T scale = static_cast<const T*>(edges.grad_distance)[e] / d;
-  const T* v = static_cast<const T*>(edges.vector) + 3 * e;
-  return {y.x + scale * v[0], y.y + scale * v[1], y.z + scale * v[2]};
-}
-
 // ---- first order ----------------------------------------------------------------------------------------------------
 
 template <class T>
@@ -109,10 +98,7 @@ struct Gradients {
       if (!edges.good(e)) continue;
       const Vec3<T> y = edge_gradient<T>(edges.e, e);
       add(sum, y);
-      if (!cell_part) continue;
-      const double v[3] = {double(y.x), double(y.y), double(y.z)};
-      for (int k = 0; k < 3; ++k)
-        for (int c = 0; c < 3; ++c) part[3 * k + c] += double(edges.e.cell_shift[3 * e + k]) * v[c];
+      if (cell_part) add_outer(edges.e.cell_shift + 3 * e, y, part);
     }
     for (int k = 0; cell_part && k < kCellSums; ++k) cell_part[kCellSums * i + k] = part[k];
     return sum;
@@ -260,11 +246,6 @@ void backward(const Edges& edges, const PointSet& centres, int64_t num_cells, co
             num_cells < 0, w.cell_part, w.strips);
   cu_launch(cells_gradient_kernel<T>, grid_of(kCellSums * w.cells), block, 0, stream, w.strips, w.cells,
             w.strips_per_cell, grad_cell);
-}
-
-template <class F>
-auto with_type(DType dtype, F&& f) {
-  return dtype == DType::f64 ? f(double{}) : f(float{});
 }
 
 }  // namespace

@@ -167,11 +167,6 @@ void fill(Work<T>& w, const RadiusOutputs& out, void* keys, unsigned* errors, St
   cu_launch(pad_edges_kernel<T>, dim3(unsigned(blocks)), dim3(kThreads), 0, stream, out);
 }
 
-template <class F>
-auto with_type(DType dtype, F&& f) {
-  return dtype == DType::f64 ? f(double{}) : f(float{});
-}
-
 }  // namespace
 
 int64_t radius_graph_workspace(DType dtype, const PointSet& points, const PointSet& centres,

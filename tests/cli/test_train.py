@@ -24,6 +24,7 @@ pytest.importorskip("tensorboard", reason="needs moeyard[train]")
 
 from moeyard.cli import main
 from moeyard.models.tokens_demo import TokenClassifier
+from moeyard.train.callbacks import Stop
 from moeyard.train.runs import Run, RunStore
 from train.toy import SMALL, curve, run
 
@@ -157,16 +158,23 @@ def test_two_runs_on_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert only(tmp_path).status == "finished"
 
 
-def send_signals(metrics: Callable[[], bool], numbers: list[int], pause: float) -> threading.Thread:
-    """Sends the signals to this process, the first when `metrics` says so."""
+def interrupt_twice(begun: threading.Event, seen: threading.Event) -> None:
+    """Sends two Ctrl-C, the second well after this process has dealt with the first, however slow the machine."""
+    if begun.wait(60):
+        os.kill(os.getpid(), signal.SIGINT)
+        if seen.wait(30):
+            time.sleep(1.2)
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def send_signal(number: int, when: Callable[[], bool]) -> threading.Thread:
+    """Sends the signal to this process as soon as `when` says so."""
 
     def send() -> None:
         deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and not metrics():
+        while time.monotonic() < deadline and not when():
             time.sleep(0.005)
-        for number in numbers:
-            os.kill(os.getpid(), number)
-            time.sleep(pause)
+        os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=send)
     thread.start()
@@ -185,7 +193,7 @@ def test_interrupted_and_taken_up_again(
     with monkeypatch.context() as patch:
         slow_steps(patch, 0.02)
         handler = signal.getsignal(number)
-        thread = send_signals(lambda: steps_done(tmp_path / "run") >= 3, [number], 0.0)
+        thread = send_signal(number, lambda: steps_done(tmp_path / "run") >= 3)
         try:
             assert main(command(tmp_path / "run")) == 130
         finally:
@@ -206,7 +214,10 @@ def slow_steps(patch: pytest.MonkeyPatch, seconds: float) -> threading.Event:
 
     def slow(self: TokenClassifier, *arguments: Any) -> Any:
         begun.set()
-        time.sleep(seconds)
+        # In short pieces: a signal that another thread receives does not end a sleep.
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            time.sleep(min(seconds, 0.05))
         return step(self, *arguments)
 
     patch.setattr(TokenClassifier, "training_step", slow)
@@ -218,15 +229,23 @@ def test_the_second_interrupt_ends_at_once(
 ) -> None:
     whole = run(tmp_path / "whole")
     with monkeypatch.context() as patch:
-        # The first Ctrl-C would have to wait for this step.
-        begun = slow_steps(patch, 30.0)
-        thread = send_signals(begun.is_set, [signal.SIGINT, signal.SIGINT], 1.2)
+        # The first Ctrl-C would have to wait for these steps.
+        begun, seen = slow_steps(patch, 60.0), threading.Event()
+        thread = threading.Thread(target=interrupt_twice, args=(begun, seen))
+        handle = Stop._handle
+
+        def note(self: Stop, number: int, frame: object) -> None:
+            handle(self, number, frame)
+            seen.set()
+
+        patch.setattr(Stop, "_handle", note)
+        thread.start()
         started = time.monotonic()
         try:
             assert main(command(tmp_path / "run")) == 130
         finally:
             thread.join()
-        assert time.monotonic() - started < 30
+        assert time.monotonic() - started < 60
     assert capsys.readouterr().err == "moeyard: interrupted\n"
     assert only(tmp_path / "run").status == "interrupted"
     assert main(command(tmp_path / "run")) == 0

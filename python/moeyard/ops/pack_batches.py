@@ -197,7 +197,7 @@ def _request(
     budget2: int | None,
     lookahead: int,
     oversize: str,
-) -> tuple[Any, int, tuple[Tensor | None, ...]]:
+) -> tuple[Any, int, tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]]:
     """The native request, the length of the order, and the tensors that the request points to."""
     _validate(sizes, budget, order, segments, max_samples, sizes2, budget2, lookahead, oversize)
     samples = sizes.shape[0]
@@ -223,18 +223,9 @@ def _request(
     return request, length, (sizes, order, segments, sizes2)
 
 
-def _cpu(
-    sizes: Tensor,
-    budget: int,
-    order: Tensor | None,
-    segments: Tensor | None,
-    max_samples: int | None,
-    sizes2: Tensor | None,
-    budget2: int | None,
-    lookahead: int,
-    oversize: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    request, length, _held = _request(sizes, budget, order, segments, max_samples, sizes2, budget2, lookahead, oversize)
+def _cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    request, length, held = _request(*args)
+    (sizes, order, _, _), lookahead = held, args[7]
     skips = _native.cpu.count_skipped(request)
     index, skipped = torch.empty(length - skips, dtype=torch.int64), torch.empty(skips, dtype=torch.int64)
     seen = None if order is None else torch.zeros((sizes.shape[0] + 7) // 8, dtype=torch.uint8)
@@ -247,18 +238,10 @@ def _cpu(
     return index, ptr, fill, skipped
 
 
-def _cuda(
-    sizes: Tensor,
-    budget: int,
-    order: Tensor | None,
-    segments: Tensor | None,
-    max_samples: int | None,
-    sizes2: Tensor | None,
-    budget2: int | None,
-    lookahead: int,
-    oversize: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    request, length, _held = _request(sizes, budget, order, segments, max_samples, sizes2, budget2, lookahead, oversize)
+def _cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    request, length, held = _request(*args)
+    sizes, order, _, sizes2 = held
+    budget, budget2, lookahead = args[1], args[6], args[7]
     if lookahead:
         raise ValueError(f"lookahead: expected 0 on a GPU, where there is next-fit only, got {lookahead}")
     if length > _MOST_ON_CUDA:
