@@ -105,9 +105,10 @@ class OpContract(CudaContract):
             return
         inputs, leaves = self.with_grad(self.inputs(torch.float64))
         function = self.of_leaves(inputs)
-        assert torch.autograd.gradcheck(function, leaves)
+        # Emulated kernels are slow: products with random vectors, instead of whole Jacobians.
+        assert torch.autograd.gradcheck(function, leaves, fast_mode=engine.is_emulated)
         if self.double_backward:
-            assert torch.autograd.gradgradcheck(function, leaves)
+            assert torch.autograd.gradgradcheck(function, leaves, fast_mode=engine.is_emulated)
 
     def test_gradient_dtypes(self, dtype_case: torch.dtype) -> None:
         """In every float dtype the gradient is the reference's; no other dtype may claim to have one."""
