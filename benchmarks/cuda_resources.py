@@ -21,7 +21,9 @@ OUT = Path(__file__).resolve().parent / "results" / "cuda-resources.md"
 TOOLS = ("cuobjdump", "nvdisasm", "nvcc")
 ARCHITECTURES = ("sm_80", "sm_90")
 #: Of a template's instances the page has those that these match, and always the worst.
-TYPICAL = re.compile(r"uint4|bf16, 8|Team<8, [48]>|kernel<int>|keep_heaviest_kernel<unsigned int>|sums_kernel<float>")
+TYPICAL = re.compile(
+    r"uint4|bf16, 8|Team<8, [48]>|kernel<int>|Experts<int>|keep_heaviest_kernel<unsigned int>|sums_kernel<float>"
+)
 #: Per multiprocessor of sm_80 and sm_90 alike, from the CUDA C++ Programming Guide's table of compute capabilities.
 REGISTERS, MOST_WARPS, MOST_BLOCKS, WARP = 65536, 64, 32, 32
 SYSTEM_SHARED = {"sm_90": 1024}  # counted by cuobjdump, but not the kernel's
