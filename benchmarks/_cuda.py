@@ -131,6 +131,15 @@ class CudaSuite(Suite):
             torch.cuda.synchronize(self.device)
 
 
+def generator(suite: CudaSuite, seed: int) -> torch.Generator:
+    return torch.Generator(suite.device).manual_seed(seed)
+
+
+def small(suite: CudaSuite, size: int) -> int:
+    """The size itself on a GPU; without one the rows are only tried."""
+    return size if suite.measures else min(size, 64)
+
+
 def launches(call: Callable[[], Any]) -> int:
     """Kernels that a call launches, as the profiler sees them; copies and fills of torch count."""
     from torch.autograd import DeviceType

@@ -18,24 +18,16 @@ import torch
 from torch import Tensor
 
 import bench_moe
+import cuda_structures
 import moeyard
 import report
-from _cuda import CudaSuite, launches
+from _cuda import CudaSuite, generator, launches, small
 from _harness import Peer, benchmarks_of, cases, failed_row
 from bench_topk_gating import compiled, same_choice, softmax_gate
 from moeyard.nn import MoE
 
 Make = Callable[[int], Any]
 BF16 = torch.bfloat16
-
-
-def generator(suite: CudaSuite, seed: int) -> torch.Generator:
-    return torch.Generator(suite.device).manual_seed(seed)
-
-
-def small(suite: CudaSuite, size: int) -> int:
-    """The size itself on a GPU; without one the rows are only tried."""
-    return size if suite.measures else min(size, 64)
 
 
 def equal(ours: Any, theirs: Any, inputs: Any) -> None:
@@ -326,7 +318,7 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     suite = CudaSuite(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     ran = True
-    for name, function in benchmarks_of(globals()):
+    for name, function in benchmarks_of({**globals(), **vars(cuda_structures)}):
         if options.k not in name and name != "bench_copy":
             continue
         try:

@@ -30,6 +30,20 @@ SORT, WORDS = "common/digit_sort.cuh", "common/words.cuh"
 GATE, BACKWARD, SELECT, ROW = (f"topk_gating/gate_{name}.cuh" for name in ("forward", "backward", "select", "row"))
 
 
+SCAN, TREE, HITS, LISTS, SEARCH = (
+    "common/scan.cuh",
+    *(f"radius_graph/{n}.cuh" for n in ("tree", "hits", "lists", "search")),
+)
+PACK, RANKS, GATHER = (
+    f"pack_batches/{name}" for name in ("pack_batches_cuda.cu", "segment_ranks.cuh", "gather_segments_cuda.cu")
+)
+NEIGHBOURS = "test_radius_graph_engines.py -k agree"
+NEAREST = "test_radius_graph_engines.py -k knn"
+CAPACITY = "test_radius_graph_engines.py -k capacity"
+EPOCHS = "test_pack_batches_engines.py -k agree"
+BATCHES = "test_gather_segments_engines.py -k agree"
+
+
 class Mutant(NamedTuple):
     file: str  # below csrc
     right: str
@@ -87,6 +101,23 @@ MUTANTS = {
         "(v.w == best ? 3 : v.z == best ? 2 : v.y == best ? 1 : 0)",
         GATES,
         DIFFERENT,
+    ),
+    "a box at the limit passed by": Mutant(TREE, "wanted = gap <= limit;", "wanted = gap < limit;", NEAREST, DIFFERENT),
+    "edges between graphs": Mutant(
+        HITS, "place >= q.range.begin && place < q.range.end", "place < tree.shape.points", NEIGHBOURS, DIFFERENT
+    ),
+    "removed __syncwarp between steps of a sort": Mutant(
+        LISTS, "stride /= 2) {\n      __syncwarp();", "stride /= 2) {", NEIGHBOURS, "data race", "thread"
+    ),
+    "edges beyond the capacity": Mutant(
+        SEARCH, "  n = min(n, out.capacity - first);\n", "", CAPACITY, "heap-buffer-overflow", "address"
+    ),
+    "a strip counted twice": Mutant(SCAN, "s < int(blockIdx.x);", "s <= int(blockIdx.x);", BATCHES, DIFFERENT),
+    "an unwritten end of jumps": Mutant(PACK, "if (c > packed) return;", "if (c >= packed) return;", EPOCHS, DIFFERENT),
+    "the first of a segment by chance": Mutant(RANKS, "      atomicMin(slot + s, p);\n", "", EPOCHS, DIFFERENT),
+    "rows of the segment past the last": Mutant(
+        GATHER, "source[r] = m < chosen.starts.segments ? ", "source[r] = m <= chosen.starts.segments ? ", BATCHES,
+        "heap-buffer-overflow", "address",
     ),
 }  # fmt: skip
 

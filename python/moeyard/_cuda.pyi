@@ -3,6 +3,7 @@
 from moeyard._cpu import GatingProblem, PackRequest, Periodicity, PointSet, RadiusEdges, SegmentsRequest
 
 runtime_version: int
+architectures: str  # of the machine code, as "80,90"; PTX is that of the last
 
 def device_errors(device: int) -> int: ...
 def take_device_errors(device: int) -> int: ...

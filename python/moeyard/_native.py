@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib.util
 from types import ModuleType
 
+import torch
+
 from moeyard import _cpu as cpu
 
 __all__ = ["cpu", "cuda", "cuda_built"]
@@ -18,6 +20,8 @@ cuda_built: bool = importlib.util.find_spec("moeyard._cuda") is not None
 
 def cuda() -> ModuleType:
     """The CUDA module; RuntimeError with the way to mend it when this build has none."""
+    if torch.version.hip is not None:
+        raise RuntimeError("moeyard has no kernels for ROCm, which this torch is built for; pass CPU tensors")
     if not cuda_built:
         raise RuntimeError(
             "moeyard was built without CUDA: no CUDA compiler was found at build time. Install a CUDA toolkit (nvcc on "

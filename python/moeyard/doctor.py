@@ -59,8 +59,11 @@ def _cuda() -> Iterator[Finding]:
         yield Finding("CUDA kernels", "not compiled in; CPU tensors work", mend)
         return
     version = _native.cuda().runtime_version
-    yield Finding("CUDA kernels", f"compiled in (CUDA {version // 1000}.{version % 1000 // 10}, sm_80, sm_90, PTX)")
-    if torch.version.cuda is None:
+    codes = ", ".join(f"sm_{arch}" for arch in _native.cuda().architectures.split(","))
+    yield Finding("CUDA kernels", f"compiled in (CUDA {version // 1000}.{version % 1000 // 10}, {codes}, PTX)")
+    if torch.version.hip is not None:
+        yield Finding("CUDA device", "not usable: this torch is a ROCm build", "ROCm is not supported; use CPU tensors")
+    elif torch.version.cuda is None:
         yield Finding("CUDA device", "not usable: this torch is a CPU build", "install a CUDA build of torch")
     elif not torch.cuda.is_available():
         mend = "check `nvidia-smi` and the driver; CPU tensors work meanwhile"
@@ -68,6 +71,12 @@ def _cuda() -> Iterator[Finding]:
     else:
         names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
         yield Finding("CUDA device", f"usable: {names}")
+
+
+def missing_for_cuda() -> str | None:
+    """What stands between this installation and a GPU, and how to mend it; None if nothing does."""
+    wrong = [f"{f.topic}: {f.state}; {f.mend}" for f in _cuda() if f.mend]
+    return wrong[0] if wrong else None
 
 
 def _extras() -> Iterator[Finding]:

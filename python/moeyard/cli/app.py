@@ -73,6 +73,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Same seed, same losses.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for metrics, plots and configuration.")] = Path("runs/demo"),
     workers: Annotated[int, typer.Option(help="DataLoader worker processes.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, or cuda: structures, batches and graphs stay on the GPU.")] = "cpu",
 ) -> None:
     """Train a small MoE structure encoder on molecules, and show how fast and how well."""
     options = locals()

@@ -64,7 +64,7 @@ class StructureEncoding(NamedTuple):
     element_logits: Tensor  # [n,num_elements] invariant
     noise: Tensor  # [n,3] equivariant, in units of the noise's standard deviation
     gatings: tuple[Gating, ...]  # one per block
-    num_edges: int
+    num_edges: Tensor  # int64 scalar
 
 
 class _Block(nn.Module):
@@ -122,9 +122,17 @@ class StructureEncoder(nn.Module):
             `StructureEncoding`.
         """
         config = self.config
-        graph = radius_graph(positions, config.cutoff, ptr=ptr, max_num_neighbors=config.max_neighbors)
+        # With a limit of neighbours the number of edges has one too, and a GPU need not be waited for.
+        fixed = positions.is_cuda and config.max_neighbors is not None
+        graph = radius_graph(
+            positions,
+            config.cutoff,
+            ptr=ptr,
+            max_num_neighbors=config.max_neighbors,
+            max_edges=len(positions) * (config.max_neighbors or 0) if fixed else None,
+        )
         edges = edges_of(graph.edge_index, graph.distance, graph.vector, self.basis)
-        forced = self._forced_experts(ptr, domain)
+        forced = self._forced_experts(ptr, domain, len(positions))
         h = self.embedding(elements)
         gatings = []
         for block in self.blocks:
@@ -132,11 +140,11 @@ class StructureEncoder(nn.Module):
             gatings.append(gating)
         h = self.norm(h)
         noise = self.noise_head(h, edges)
-        return StructureEncoding(h, self.element_head(h), noise, tuple(gatings), graph.edge_index.shape[1])
+        return StructureEncoding(h, self.element_head(h), noise, tuple(gatings), graph.num_edges)
 
-    def _forced_experts(self, ptr: Tensor, domain: Tensor | None) -> Tensor | None:
+    def _forced_experts(self, ptr: Tensor, domain: Tensor | None, atoms: int) -> Tensor | None:
         if self.config.routing == "learned":
             return None
         if domain is None:
             raise ValueError("domain: expected [G] ids, since routing='domain', got None")
-        return torch.repeat_interleave(domain % self.config.num_experts, ptr[1:] - ptr[:-1])
+        return torch.repeat_interleave(domain % self.config.num_experts, ptr[1:] - ptr[:-1], output_size=atoms)

@@ -23,6 +23,9 @@ from moeyard.models.structure_encoder import (
 )
 from moeyard.nn import expert_usage, router_z_loss, switch_load_balancing
 
+#: Stands for the element of an atom that is not hidden.
+_NOT_ASKED = -100
+
 
 @dataclass(frozen=True)
 class PretrainingConfig:
@@ -60,10 +63,11 @@ def corrupt(
         positions: [n,3] float, Å. elements: [n] integer.
         noise_std: standard deviation per coordinate, Å.
         mask_fraction: chance of each atom to be hidden.
-        generator: a CPU generator; draws happen there in float32, so that every device gets the same.
+        generator: draws happen on its device, in float32.
     """
-    noise = torch.randn(positions.shape, generator=generator).to(positions)
-    masked = (torch.rand(elements.shape, generator=generator) < mask_fraction).to(elements.device)
+    noise = torch.randn(positions.shape, generator=generator, device=generator.device).to(positions)
+    chance = torch.rand(elements.shape, generator=generator, device=generator.device)
+    masked = (chance < mask_fraction).to(elements.device)
     return Corruption(positions + noise_std * noise, elements.masked_fill(masked, MASK_ELEMENT), noise, masked)
 
 
@@ -105,7 +109,7 @@ class StructurePretraining(nn.Module):
         )
         encoding = self.encoder(corruption.positions, corruption.elements, batch.ptr, batch.domain)
         metrics = self.losses(encoding, corruption, batch.elements)
-        atoms = int(batch.ptr[-1])
+        atoms = len(batch.positions)
         return StepOutput(
             loss=metrics.pop("loss"),
             metrics=metrics,
@@ -120,10 +124,9 @@ class StructurePretraining(nn.Module):
         config, masked = self.config, corruption.masked
         # Predicting zero gives a noise loss of 1, whatever noise_std is. No atoms or masks give 0, not NaN.
         noise = (encoding.noise - corruption.noise).square().sum() / max(corruption.noise.numel(), 1)
-        hidden = encoding.element_logits[masked]
-        target = elements[masked]
-        count = max(len(target), 1)
-        element = nn.functional.cross_entropy(hidden, target, reduction="sum") / count
+        target, count = elements.masked_fill(~masked, _NOT_ASKED), masked.sum().clamp(min=1)
+        logits = encoding.element_logits
+        element = nn.functional.cross_entropy(logits, target, reduction="sum", ignore_index=_NOT_ASKED) / count
         balance = torch.stack([switch_load_balancing(g) for g in encoding.gatings]).mean()
         z = torch.stack([router_z_loss(g) for g in encoding.gatings]).mean()
         weighted = config.noise_weight * noise + config.element_weight * element
@@ -133,7 +136,7 @@ class StructurePretraining(nn.Module):
             "loss_element": element,
             "loss_balance": balance,
             "loss_z": z,
-            "element_accuracy": (hidden.argmax(1) == target).sum() / count,
+            "element_accuracy": (logits.argmax(1) == target).sum() / count,
         }
 
     def usage(self, encoding: StructureEncoding, domain: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -10,9 +11,15 @@ from typing import Any
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from moeyard.data.batching import AtomBudgetBatchSampler, StructureBatch, structure_loader
+from moeyard.data.batching import (
+    AtomBudgetBatchSampler,
+    ResidentBatches,
+    ResidentLoader,
+    ResidentTable,
+    StructureBatch,
+    structure_loader,
+)
 from moeyard.data.structures import StructureTable, embed_molecules, read_structures
 from moeyard.data.structures.table import Progress
 from moeyard.models.settings import Settings
@@ -58,33 +65,50 @@ class StructuresDemoData:
         max_atoms_per_batch: the budget; a larger structure is a batch of its own.
         evaluation_fraction: of the structures, rounded down.
         seed: of the order and of the choice.
+        device: "cuda" keeps the structures on this process's GPU, where batches are then planned and gathered.
     """
 
     def __init__(
-        self, table: StructureTable, *, max_atoms_per_batch: int, evaluation_fraction: float = 0.0, seed: int = 0
+        self,
+        table: StructureTable,
+        *,
+        max_atoms_per_batch: int,
+        evaluation_fraction: float = 0.0,
+        seed: int = 0,
+        device: str = "cpu",
     ) -> None:
-        self.table, self.budget = table, max_atoms_per_batch
+        self.table, self.budget, self.seed = table, max_atoms_per_batch, seed
         self.domains: Sequence[str] = table.domains
+        self.resident = None if device == "cpu" else ResidentTable(table, own_device(device))
         order = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed))
         count = int(evaluation_fraction * len(table))
-        self._evaluation, training = order[:count].sort().values, order[count:].sort().values
-        self.training_batches = _Chosen(
-            AtomBudgetBatchSampler(table.sizes[training], max_atoms_per_batch, seed=seed, oversize="own_batch"),
-            training,
-        )
+        self._evaluation = order[:count].sort().values
+        self.training_batches: Any = self._batches(order[count:].sort().values, shuffle=True)
 
     @property
     def fingerprint(self) -> str:
         return self.table.fingerprint
 
     @cached_property
-    def evaluation_batches(self) -> Sequence[list[int]]:
-        sizes = self.table.sizes[self._evaluation]
-        sampler = AtomBudgetBatchSampler(sizes, self.budget, shuffle=False, oversize="own_batch")
-        return list(_Chosen(sampler, self._evaluation))
+    def evaluation_batches(self) -> Sequence[Any]:
+        return list(self._batches(self._evaluation, shuffle=False))
 
-    def loader(self, batches: Iterable[list[int]], *, num_workers: int, **options: Any) -> DataLoader[StructureBatch]:
+    def loader(self, batches: Iterable[Any], *, num_workers: int, **options: Any) -> Iterable[StructureBatch]:
+        if self.resident is not None:
+            return ResidentLoader(self.resident, batches)
         return structure_loader(self.table, batches, num_workers=num_workers, **options)
+
+    def _batches(self, ids: Tensor, *, shuffle: bool) -> _Chosen | ResidentBatches:
+        seed, budget = self.seed, self.budget
+        if self.resident is not None:
+            return ResidentBatches(self.resident, budget, ids=ids, shuffle=shuffle, seed=seed, oversize="own_batch")
+        sizes = self.table.sizes[ids]
+        return _Chosen(AtomBudgetBatchSampler(sizes, budget, shuffle=shuffle, seed=seed, oversize="own_batch"), ids)
+
+
+def own_device(device: str) -> torch.device:
+    """The device of this process, where torchrun has started several."""
+    return torch.device(device, int(os.environ.get("LOCAL_RANK", "0"))) if device == "cuda" else torch.device(device)
 
 
 class StructuresDemo:
@@ -123,6 +147,7 @@ class StructuresDemo:
             max_atoms_per_batch=config.data.max_atoms_per_batch,
             evaluation_fraction=config.data.evaluation_fraction,
             seed=config.seed,
+            device=config.device,
         )
 
     def build_model(self, config: Any, data: StructuresDemoData) -> StructurePretraining:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from moeyard.data.structures import StructureTable, embed_molecules, read_structures
+from moeyard.doctor import missing_for_cuda
 from moeyard.models.structure_pretraining import StructurePretraining
 from moeyard.models.structures_demo import StructuresDemoData, system
 from moeyard.train import plots
@@ -47,6 +48,7 @@ class DemoOptions:
     seed: int = 0
     out: Path = Path("runs/demo")
     workers: int = 0
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         # The upper ends are those of the ops (experts), of int32, and of good sense (workers).
@@ -63,6 +65,10 @@ class DemoOptions:
                 raise UsageError(f"--{option}: expected {low} to {high}, got {getattr(self, name)}")
         if not 0 < self.seconds <= 1e9:
             raise UsageError(f"--seconds: expected a positive number up to 1e9, got {self.seconds:g}")
+        if self.device not in ("cpu", "cuda"):
+            raise UsageError(f"--device: expected cpu or cuda, got {self.device!r}")
+        if self.device == "cuda" and (missing := missing_for_cuda()):
+            raise UsageError(f"--device cuda: {missing}")
         if self.structures is not None and not self.structures.exists():
             raise UsageError(f"--structures: expected a folder of structure files; {self.structures} does not exist")
 
@@ -118,7 +124,9 @@ def run_demo(
     _writable_folder(options.out)
     table, skipped = load_structures(options, progress)
     config = settings(options)
-    data = StructuresDemoData(table, max_atoms_per_batch=options.max_atoms_per_batch, seed=options.seed)
+    data = StructuresDemoData(
+        table, max_atoms_per_batch=options.max_atoms_per_batch, seed=options.seed, device=options.device
+    )
     model = build_model(config, data)
     write_config(options, config, model, table)
     result = fit(model, data, config, options.out, seconds=options.seconds, terminal=terminal, write=write)
@@ -130,7 +138,7 @@ def run_demo(
     summary = replace(summary, files=files)
     write_json(options.out / "summary.json", asdict(summary))
     write_report(options.out)
-    if not interrupted:
+    if not interrupted and options.device == "cpu":
         # What the run has come to is written; the comparison is an extra.
         summary = replace(summary, comparison=compare(config, table, write))
         write_json(options.out / "summary.json", asdict(summary))
@@ -165,6 +173,7 @@ def settings(options: DemoOptions) -> TrainConfig:
         "seed": options.seed,
         "max_steps": options.steps,
         "workers": options.workers,
+        "device": options.device,
         "data": {"max_atoms_per_batch": options.max_atoms_per_batch, "evaluation_fraction": 0.0},
         "encoder": {"num_experts": options.experts, "experts_per_token": options.top_k},
     }

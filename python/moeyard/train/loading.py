@@ -6,7 +6,7 @@ import bisect
 import itertools
 import signal
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch.utils.data import Sampler
 
@@ -16,10 +16,10 @@ class EpochSampler(Protocol):
 
     def set_epoch(self, epoch: int) -> None: ...
 
-    def __iter__(self) -> Iterator[list[int]]: ...
+    def __iter__(self) -> Iterator[Any]: ...
 
 
-class RepeatedEpochs(Sampler[list[int]]):
+class RepeatedEpochs(Sampler[Any]):
     """Strings the epochs of a batch sampler together until `steps` batches have been given.
 
     Training counted in steps sees one long pass: workers are started once, and the progress bar shows the whole run.
@@ -58,13 +58,13 @@ class RepeatedEpochs(Sampler[list[int]]):
         begin, epoch = self._epochs[bisect.bisect_right(self._epochs, (batch, 2**62)) - 1]
         return epoch, batch - begin
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Any]:
         batches = self._all()
         # A step's batches of all processes at once: each process then knows of every epoch that a step has reached.
         for together in zip(*[batches] * self.processes, strict=True):
             yield together[self.rank]
 
-    def _all(self) -> Iterator[list[int]]:
+    def _all(self) -> Iterator[Any]:
         (begin, epoch), given = self._epochs[0], self.first
         self._epochs = [(begin, epoch)]
         while given < self.steps:

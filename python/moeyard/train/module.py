@@ -21,9 +21,11 @@ from moeyard.train.schedule import Factor
 TRAINING, EVALUATION = 0, 1
 
 
-def batch_generator(seed: int, batch: int, purpose: int = TRAINING) -> torch.Generator:
+def batch_generator(
+    seed: int, batch: int, purpose: int = TRAINING, device: torch.device | str = "cpu"
+) -> torch.Generator:
     """The generator of one batch. torch keeps 32 bits of a CPU seed, so the numbers are mixed into those."""
-    return torch.Generator().manual_seed(_mixed(seed, batch, purpose))
+    return torch.Generator(device).manual_seed(_mixed(seed, batch, purpose))
 
 
 def _mixed(*numbers: int) -> int:
@@ -125,7 +127,9 @@ def scored(model: nn.Module, batch: Any, seed: int, number: int, purpose: int = 
         step = getattr(model, "evaluation_step", step)
     # Whoever draws from the global generator, as dropout does, gets the batch's numbers too.
     _seed_everywhere(_mixed(seed, number, purpose))
-    output: StepOutput = step(batch, batch_generator(seed, number, purpose))
+    # On the model's device, so that nothing has to be drawn on the host and copied.
+    device = next((p.device for p in model.parameters()), "cpu")
+    output: StepOutput = step(batch, batch_generator(seed, number, purpose, device))
     return output
 
 

@@ -16,7 +16,6 @@ from typing import Any, Protocol, cast
 
 import torch
 from pydantic import BaseModel
-from torch.utils.data import DataLoader
 
 from moeyard.models import SYSTEMS
 from moeyard.models.step import StepOutput
@@ -30,7 +29,8 @@ Progress = Callable[[int, int, str], object]
 
 
 class Data(Protocol):
-    """What is trained on. `domains` names the rows of the usage counts.
+    """What is trained on. `domains` names the rows of the usage counts. A batch is a list of ids, or whatever else
+    `loader` makes batches of.
 
     Data that come from outside, and not from the settings alone, also have `fingerprint: str`, a hash of what they
     hold: a run does not go on, and is not evaluated, on others.
@@ -44,19 +44,19 @@ class Data(Protocol):
         """Lists of ids, epoch by epoch; the same for the same epoch, whatever was iterated before."""
 
     @property
-    def evaluation_batches(self) -> Sequence[list[int]]:
+    def evaluation_batches(self) -> Sequence[Any]:
         """Lists of ids of what is never trained on; empty for no evaluation."""
 
-    def loader(self, batches: Iterable[list[int]], *, num_workers: int, **options: Any) -> DataLoader[Any]:
-        """A DataLoader over these batches; `options` are further arguments of DataLoader."""
+    def loader(self, batches: Iterable[Any], *, num_workers: int, **options: Any) -> Iterable[Any]:
+        """A DataLoader over these batches, or what stands for one; `options` are further arguments of DataLoader."""
 
 
 class Model(Protocol):
     """An `nn.Module` that scores a batch. `experts_per_token` tells the collapse alarm what an even share is.
 
-    Whatever is drawn at random comes from `generator`, or from torch's global one: both are started from the seed and
-    the number of the batch. A model may also have `evaluation_step` with the same arguments and result; without it,
-    evaluations use `training_step`.
+    Whatever is drawn at random comes from `generator`, which draws on the model's device, or from torch's global one:
+    both are started from the seed and the number of the batch. A model may also have `evaluation_step` with the same
+    arguments and result; without it, evaluations use `training_step`.
     """
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
-from torch.utils.data import DataLoader
 
+from moeyard.doctor import missing_for_cuda
 from moeyard.train.callbacks import StepEnd, Stop
 from moeyard.train.checkpoint import Checkpoints
 from moeyard.train.config import TrainConfig
@@ -133,7 +133,7 @@ def _batches(config: TrainConfig, data: Data, processes: Processes, state: dict[
     )
 
 
-def _loader(config: TrainConfig, data: Data, batches: RepeatedEpochs) -> DataLoader[Any]:
+def _loader(config: TrainConfig, data: Data, batches: RepeatedEpochs) -> Iterable[Any]:
     return data.loader(
         batches,
         num_workers=config.workers,
@@ -144,6 +144,8 @@ def _loader(config: TrainConfig, data: Data, batches: RepeatedEpochs) -> DataLoa
 
 
 def _check(config: TrainConfig, data: Data, processes: Processes) -> None:
+    if config.device == "cuda" and (missing := missing_for_cuda()):
+        raise UsageError(f"device = cuda: {missing}")
     if config.accumulate % processes.count:
         next_multiple = -(-config.accumulate // processes.count) * processes.count
         raise UsageError(
