@@ -160,6 +160,7 @@ def test_the_signature_stands_for_what_changes_results() -> None:
     assert len(first) == 8
     assert int(first, 16) >= 0
     assert signature(load("checkpoint_every=7", "workers=2", "device=cpu")) == first
+    assert signature(load("device=cuda")) != first
     assert signature(load("optimizer.learning_rate=0.001")) == first
     # An int where a float belongs is the same number.
     assert signature(load("optimizer.weight_decay=0")) == signature(load("optimizer.weight_decay=0.0"))

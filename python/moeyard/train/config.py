@@ -61,8 +61,9 @@ class EarlyStoppingConfig(Settings):
     min_delta: float = Field(default=0.0, ge=0)
 
 
-#: Settings that change no result; they are left out of the signature.
-UNSIGNED = frozenset({"checkpoint_every", "workers", "device"})
+#: Settings that change no result; they are left out of the signature. A GPU's runs have signatures of their own: it
+#: rounds otherwise, draws other random numbers, and data that live on it are batched there.
+UNSIGNED = frozenset({"checkpoint_every", "workers"})
 
 
 class TrainConfig(Settings):
@@ -162,7 +163,8 @@ def signature(config: TrainConfig) -> str:
 
 def canonical(config: TrainConfig) -> str:
     """The settings that change results as JSON, keys sorted, no spaces."""
-    values = config.model_dump(mode="json", exclude=set(UNSIGNED))
+    unsigned = UNSIGNED | ({"device"} if config.device == "cpu" else set())
+    values = config.model_dump(mode="json", exclude=set(unsigned))
     return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
