@@ -30,9 +30,9 @@ SORT, WORDS = "common/digit_sort.cuh", "common/words.cuh"
 GATE, BACKWARD, SELECT, ROW = (f"topk_gating/gate_{name}.cuh" for name in ("forward", "backward", "select", "row"))
 
 
-SCAN, TREE, HITS, LISTS, SEARCH = (
-    "common/scan.cuh",
-    *(f"radius_graph/{n}.cuh" for n in ("tree", "hits", "lists", "search")),
+SCAN = "common/scan.cuh"
+TREE, HITS, LISTS, CELLS, EDGE_ROWS, EDGES = (
+    f"radius_graph/{name}.cuh" for name in ("tree", "hits", "lists", "cells", "rows", "edges")
 )
 PACK, RANKS, GATHER = (
     f"pack_batches/{name}" for name in ("pack_batches_cuda.cu", "segment_ranks.cuh", "gather_segments_cuda.cu")
@@ -106,11 +106,16 @@ MUTANTS = {
     "edges between graphs": Mutant(
         HITS, "place >= q.range.begin && place < q.range.end", "place < tree.shape.points", NEIGHBOURS, DIFFERENT
     ),
+    "cells that are too narrow": Mutant(CELLS, "* (1 + 1e-5))", "* (1 - 1e-2))", NEIGHBOURS, DIFFERENT),
+    "a window of two buckets": Mutant(CELLS, "start[min(from + 3,", "start[min(from + 2,", NEIGHBOURS, DIFFERENT),
+    "rows read before all are there": Mutant(
+        EDGE_ROWS, "  __syncwarp();\n  for (int lane", "  for (int lane", NEIGHBOURS, "data race", "thread"
+    ),
     "removed __syncwarp between steps of a sort": Mutant(
         LISTS, "stride /= 2) {\n      __syncwarp();", "stride /= 2) {", NEIGHBOURS, "data race", "thread"
     ),
     "edges beyond the capacity": Mutant(
-        SEARCH, "  n = min(n, out.capacity - first);\n", "", CAPACITY, "heap-buffer-overflow", "address"
+        EDGES, "  n = min(n, out.capacity - first);\n", "", CAPACITY, "heap-buffer-overflow", "address"
     ),
     "a strip counted twice": Mutant(SCAN, "s < int(blockIdx.x);", "s <= int(blockIdx.x);", BATCHES, DIFFERENT),
     "an unwritten end of jumps": Mutant(PACK, "if (c > packed) return;", "if (c >= packed) return;", EPOCHS, DIFFERENT),

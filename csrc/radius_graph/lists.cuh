@@ -32,6 +32,30 @@ __device__ inline void sort_keys(uint64_t* key, int64_t n) {
       });
 }
 
+/// The keys of all hits of a centre, in global memory where its edges go. Of the centre on which the capacity ends only
+/// the first edges are wanted, and there is room for 32 more.
+struct KeyRow {
+  uint64_t* key;
+  int64_t wanted, n = 0;  // wanted: up to 0 beyond the capacity
+  bool cut;
+
+  __device__ KeyRow(uint64_t* keys, const int64_t* offsets, int64_t i, int64_t capacity)
+      : key(keys + offsets[i]), wanted(min(offsets[i + 1], capacity) - offsets[i]), cut(offsets[i + 1] > capacity) {}
+
+  __device__ void take(bool hit, uint64_t key_) {
+    const unsigned hits = __ballot_sync(kAllLanes, hit);
+    if (cut && n > wanted) tidy();
+    if (hit) key[n + __popc(hits & ((1u << lane_number()) - 1))] = key_;
+    n += __popc(hits);
+  }
+
+  /// Leaves the wanted ones, sorted.
+  __device__ void tidy() {
+    sort_keys(key, n);
+    n = min(n, wanted);
+  }
+};
+
 /// The k nearest hits so far, ties by key, and some more that came since it was last tidied.
 template <class T>
 struct NearestList {

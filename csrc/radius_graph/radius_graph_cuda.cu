@@ -1,11 +1,13 @@
-// radius_graph on CUDA: a tree over the points, a warp per centre that counts its edges, prefix sums of the counts, and
-// a warp per centre that writes them in order. See tree.cuh, hits.cuh, lists.cuh, search.cuh.
+// radius_graph on CUDA: counts of each centre's edges, prefix sums of them, and the edges in order. All edges in free
+// space come from a grid of cells and a thread per centre (cells.cuh, rows.cuh); selections and periodic graphs from a
+// tree over the points and a warp per centre (tree.cuh, hits.cuh, lists.cuh, search.cuh).
 #include <algorithm>
 #include <cmath>
 
 #include "common/scan.cuh"
 #include "common/workspace.hpp"
 #include "radius_graph/check_request.hpp"
+#include "radius_graph/rows.cuh"
 #include "radius_graph/search.cuh"
 
 namespace moeyard::cuda {
@@ -20,11 +22,14 @@ constexpr int64_t kManyPoints = 1 << 17;
 template <class T>
 struct Work {
   int64_t num_points, num_centres, num_cells;
-  bool same, selects;  // selects: by distance
+  bool same, selects, by_cells;  // selects: by distance
   int graph_bits, axis_bits;
   SortShape order;
   int64_t list_room = 0, list_blocks = 0;
   Search<T> s;
+  RowSearch<T> rows;  // by_cells: instead of s
+  Ticket* tickets;
+  unsigned* bucket_sums;
   Curve* curve;
   int64_t *keys, *sums;
   SortRoom sort_room;
@@ -36,14 +41,18 @@ struct Work {
         num_cells(count_cells(periodic)),
         same(!centres.xyz),
         selects(!radius_graph_wants_keys(options)),
+        by_cells(options.k < 1 && options.max_neighbors < 1 && !periodic.cell),
         graph_bits(points.batch || points.ptr ? bits_of(num_points) : 0),
         axis_bits(options.k > 0              ? std::min(14, (62 - graph_bits) / 3)
                   : num_points < kManyPoints ? 7
                                              : 10),
-        order(num_points, (int64_t(1) << (3 * axis_bits + graph_bits)) - 1),
-        s{{}, {num_points, nullptr, w}, T(0), nullptr, nullptr, {}, nullptr, nullptr, 0},
+        order(by_cells ? 0 : num_points, (int64_t(1) << (3 * axis_bits + graph_bits)) - 1),
+        s{{}, {order.items, nullptr, w}, T(0), nullptr, nullptr, {}, nullptr, nullptr, 0},
+        rows{{}, {num_points, options.r, by_cells, w}, T(0), nullptr, {}, nullptr, nullptr, nullptr, nullptr},
+        tickets(w.take<Ticket>(by_cells ? num_points : 0)),
+        bucket_sums(w.take<unsigned>(prefix_sums_workspace(by_cells ? rows.cells.buckets() : 0))),
         curve(w.take<Curve>(1)),
-        keys(w.take<int64_t>(num_points)),
+        keys(w.take<int64_t>(order.items)),
         sums(w.take<int64_t>(prefix_sums_workspace(num_centres))),
         sort_room(order, true, w) {
     const bool has_cell = periodic.cell;
@@ -67,11 +76,17 @@ struct Work {
     s.tree.id = sort_room.list[(order.digits - 1) % 2];
     const T r = T(options.r);
     s.limit2 = options.k > 0 ? std::numeric_limits<T>::max() : std::nextafter(r * r, T(0));
+    rows.call = call, rows.limit2 = s.limit2, rows.offsets = s.offsets;
+    rows.rows = w.take<int32_t>(by_cells ? kRowLength * num_centres : 0);
+    rows.long_rows = w.take<int32_t>(by_cells ? num_centres : 0), rows.num_long_rows = w.take<unsigned>(1);
     if (selects || s.bounds) plan_lists(options.k > 0 ? options.k : options.max_neighbors, w);
   }
 
   dim3 search_grid() const {
     return dim3(unsigned(std::clamp<int64_t>((num_centres + kSearchWarps - 1) / kSearchWarps, 1, kMostSearchBlocks)));
+  }
+  dim3 row_grid(int64_t per_block) const {
+    return dim3(unsigned(std::max<int64_t>(1, (num_centres + per_block - 1) / per_block)));
   }
   dim3 list_grid() const { return dim3(unsigned(std::clamp<int64_t>(list_blocks, 1, search_grid().x))); }
   size_t shared_lists() const { return s.lists || list_blocks == 0 ? 0 : size_t(block_bytes()); }
@@ -143,23 +158,44 @@ void count_edges(const Work<T>& w, Stream stream) {
 }
 
 template <class T>
+void find_rows(const Work<T>& w, Stream stream) {
+  build_cells(w.rows.cells, w.rows.call.points, w.tickets, w.bucket_sums, stream);
+  cu_launch(begin_rows_kernel, dim3(1), dim3(1), 0, stream, w.rows.num_long_rows);
+  cu_launch(find_rows_kernel<T>, w.row_grid(kRowThreads), dim3(kRowThreads), 0, stream, w.rows);
+}
+
+template <class T>
+void write_rows(const Work<T>& w, Stream stream) {
+  const dim3 block(kRowThreads), all = w.row_grid(kRowWarps);
+  cu_launch(write_rows_kernel<T>, all, block, 0, stream, w.rows);
+  cu_launch(write_long_rows_kernel<T>, dim3(std::min<unsigned>(all.x, kLongRowBlocks)), block, 0, stream, w.rows);
+}
+
+template <class T>
 void search(Work<T>& w, const RadiusOutputs& out, unsigned* errors, Stream stream) {
   Call<T>& call = w.s.call;
-  call.errors = errors, w.s.out = out;
+  call.errors = w.rows.call.errors = errors, w.s.out = w.rows.out = out;
   if (w.num_cells > 0)
     cu_launch(find_lattices_kernel<T>, grid_of(w.num_cells), dim3(kThreads), 0, stream, call, w.num_cells);
   prepare(call.points, call, stream);
   if (!w.same) prepare(call.centres, call, stream);
-  build_tree(w, stream);
   cu_launch(begin_search_kernel, dim3(1), dim3(1), 0, stream, out);
-  count_edges(w, stream);
+  if (w.by_cells) {
+    find_rows(w, stream);
+  } else {
+    build_tree(w, stream);
+    count_edges(w, stream);
+  }
   prefix_sums(Counts{out.num_neighbors}, Offsets{w.s.offsets, w.num_centres, out}, w.num_centres, w.sums, stream);
 }
 
 template <class T>
 void fill(Work<T>& w, const RadiusOutputs& out, void* keys, unsigned* errors, Stream stream) {
-  w.s.call.errors = errors, w.s.out = out, w.s.keys = static_cast<uint64_t*>(keys);
-  if (w.selects)
+  w.s.call.errors = w.rows.call.errors = errors, w.s.out = w.rows.out = out;
+  w.s.keys = w.rows.keys = static_cast<uint64_t*>(keys);
+  if (w.by_cells)
+    write_rows(w, stream);
+  else if (w.selects)
     cu_launch(nearest_edges_kernel<T>, w.list_grid(), dim3(kSearchThreads), w.shared_lists(), stream, w.s);
   else
     cu_launch(all_edges_kernel<T>, w.search_grid(), dim3(kSearchThreads), 0, stream, w.s);

@@ -1,5 +1,6 @@
 // The kernels of a search: how many edges each centre has, and the edges. A warp works on one centre at a time.
 #pragma once
+#include "radius_graph/edges.cuh"
 #include "radius_graph/lists.cuh"
 
 namespace moeyard::cuda {
@@ -62,8 +63,6 @@ __device__ void for_each_kept(const Search<T>& s, Centre<T>& centre, Take&& take
 
 // ---- counts ---------------------------------------------------------------------------------------------------------
 
-__global__ void begin_search_kernel(RadiusOutputs out) { *out.truncated = 0; }
-
 /// How many edges each centre has.
 template <class T>
 __global__ void __launch_bounds__(kSearchThreads) count_edges_kernel(Search<T> s) {
@@ -93,61 +92,21 @@ __global__ void __launch_bounds__(kThreads) count_nearest_kernel(Search<T> s) {
                       : int32_t(centre.periodic() ? s.call.options.k : min(s.call.options.k, max(others, int64_t(0))));
 }
 
-struct Counts {
-  const int32_t* count;
-  __device__ int64_t operator()(int64_t i) const { return count[i]; }
-};
-struct Offsets {
-  int64_t *offsets, centres;
-  RadiusOutputs out;
-  __device__ void operator()(int64_t i, int64_t before, int64_t) const { offsets[i] = before; }
-  __device__ void total(int64_t all) const { offsets[centres] = *out.num_edges = all; }
-};
-
 // ---- edges ----------------------------------------------------------------------------------------------------------
-
-template <class T>
-__device__ void write_edges(const Search<T>& s, const Centre<T>& centre, const uint64_t* keys, int64_t n) {
-  const RadiusOutputs& out = s.out;
-  const int64_t first = s.offsets[centre.i];
-  n = min(n, out.capacity - first);
-  for (int64_t k = lane_number(); k < n; k += 32) {
-    const int64_t e = first + k, j = int64_t(keys[k] >> 32);
-    const Shift shift = shift_of(s.call, centre, j, int64_t(keys[k] & 0xffffffffu));
-    out.centre[e] = centre.i, out.neighbour[e] = j;
-    if (out.cell_shift)
-      for (int c = 0; c < 3; ++c) out.cell_shift[3 * e + c] = shift.n[c];
-    if (!out.distance) continue;
-    const Vec3<T> d = centre.vectors ? s.call.pairs(centre.i, j, shift, centre.vectors) : s.call.pairs(centre.i, j);
-    T* const vector = static_cast<T*>(out.vector) + 3 * e;
-    vector[0] = d.x, vector[1] = d.y, vector[2] = d.z;
-    static_cast<T*>(out.distance)[e] = sqrt(squared_norm(d));
-  }
-}
 
 /// All edges of each centre, by way of their keys in global memory.
 template <class T>
 __global__ void __launch_bounds__(kSearchThreads) all_edges_kernel(Search<T> s) {
   for (int64_t w = s.first_centre(); w < s.call.centres.set.count; w += s.step()) {
     Centre<T> centre(s.call, s.centre(w));
-    const int64_t first = s.offsets[centre.i], end = s.offsets[centre.i + 1];
-    if (first >= s.out.capacity) continue;
-    uint64_t* const keys = s.keys + first;
-    // Of the centre on which the capacity ends only the first edges are wanted, and there is room for few more.
-    const int64_t room = s.out.capacity + 32 - first, wanted = min(end, s.out.capacity) - first;
-    int64_t n = 0;
+    KeyRow row(s.keys, s.offsets, centre.i, s.out.capacity);
+    if (row.wanted <= 0) continue;
     for_each_kept(s, centre, [&](bool hit, uint64_t key) {
-      const unsigned hits = __ballot_sync(kAllLanes, hit);
-      if (end > s.out.capacity && n + 32 > room) {
-        sort_keys(keys, n);
-        n = wanted;
-      }
-      if (hit) keys[n + __popc(hits & ((1u << lane_number()) - 1))] = key;
-      n += __popc(hits);
+      row.take(hit, key);
       return true;
     });
-    sort_keys(keys, n);
-    write_edges(s, centre, keys, n);
+    row.tidy();
+    write_edges(s.call, s.out, s.offsets[centre.i], centre, row.n, [&](int64_t k) { return row.key[k]; });
   }
 }
 
@@ -213,7 +172,7 @@ __global__ void __launch_bounds__(kSearchThreads) nearest_edges_kernel(Search<T>
       for (int64_t at = list.n + lane_number(); at < count; at += 32) list.key[at] = key_of(centre.i, 0);
       __syncwarp();
     }
-    write_edges(s, centre, list.key, count);
+    write_edges(s.call, s.out, s.offsets[centre.i], centre, count, [&](int64_t k) { return list.key[k]; });
     __syncwarp();
   }
 }
@@ -234,20 +193,6 @@ __global__ void __launch_bounds__(kSearchThreads) bounds_kernel(Search<T> s, Bou
     }
     if (lane_number() == 0) bounds[centre.i] = bound;
     __syncwarp();
-  }
-}
-
-/// What is left of the capacity: 0 -> 0.
-template <class T>
-__global__ void __launch_bounds__(kThreads) pad_edges_kernel(RadiusOutputs out) {
-  if (thread_number() == 0) *out.overflow = *out.num_edges > out.capacity;
-  for (int64_t e = *out.num_edges + thread_number(); e < out.capacity; e += int64_t(gridDim.x) * kThreads) {
-    out.centre[e] = out.neighbour[e] = 0;
-    for (int c = 0; c < 3; ++c) {
-      if (out.cell_shift) out.cell_shift[3 * e + c] = 0;
-      if (out.vector) static_cast<T*>(out.vector)[3 * e + c] = T(0);
-    }
-    if (out.distance) static_cast<T*>(out.distance)[e] = T(out.padding);
   }
 }
 

@@ -128,6 +128,30 @@ def test_the_centre_on_which_the_capacity_ends(name: str) -> None:
         assert_agree(name, max_edges, moeyard.radius_graph, {"pos": pos, "r": 9.0, "max_edges": max_edges})
 
 
+@NAMES
+@pytest.mark.parametrize("options", [{}, {"half": True}, {"loop": True}, {"loop": True, "max_edges": 3000}])
+def test_rows_of_every_length_agree(name: str, options: dict[str, Any]) -> None:
+    """Neighbours of a centre are sorted 32 or 64 at a time, and from 49 on otherwise."""
+    sizes = [1, 2, 3, 31, 32, 33, 34, 47, 48, 49, 50, 51, 64, 65, 66, 97]
+    ptr = torch.tensor([0, *sizes]).cumsum(0)
+    shuffled = points(sum(sizes), 0.5, torch.float32, 7)
+    assert_agree(name, 6, moeyard.radius_graph, {"pos": shuffled, "r": 1.0, "ptr": ptr, **options})
+
+
+@NAMES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cells_anywhere_agree(name: str, dtype: torch.dtype) -> None:
+    """Graphs in one place, points far out, radii from tiny to huge: what shares a bucket is told apart."""
+    graphs = {"batch": torch.arange(300) // 2}
+    assert_agree(name, 2, moeyard.radius_graph, {"pos": points(2, 1.0, dtype, 1).repeat(150, 1), "r": 2.0, **graphs})
+    line = torch.arange(-150, 150, dtype=dtype)[:, None] * torch.tensor([1.0, 0.5, -2.0], dtype=dtype)
+    for scale, seed in ((1.0, 3), (1e-20, 4), (1e-22, 5), (2.0**30, 6), (1e17, 7)):
+        assert_agree(name, seed, moeyard.radius_graph, {"pos": line * scale, "r": 5.0 * scale})
+        assert_agree(name, seed, moeyard.radius, {"x": line * scale, "y": line[::7] * scale, "r": 5.0 * scale})
+    far = torch.cat([line * 1e-3, line * 1e-3 + 1e4, line * 1e15])
+    assert_agree(name, 8, moeyard.radius_graph, {"pos": far, "r": 0.005})
+
+
 # ---- bad values -----------------------------------------------------------------------------------------------------
 
 POS = points(8, 1.0, torch.float32, 0)

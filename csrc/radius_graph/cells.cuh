@@ -1,0 +1,161 @@
+// A hashed grid over the points, for searches in free space that select nothing: cells as wide as the radius, of which
+// each is in one bucket, and the cells of a row along x in a row of buckets. So a centre's 27 cells are nine windows of
+// places. What else has got into a window is told apart by its distance and, in another graph, by its row.
+//
+// Which place of its bucket a point gets is left to chance: nothing depends on it.
+#pragma once
+#include <algorithm>
+#include <cmath>
+
+#include "common/scan.cuh"
+#include "common/workspace.hpp"
+#include "radius_graph/hits.cuh"
+
+namespace moeyard::cuda {
+namespace {
+
+constexpr int kFewestBucketBits = 7, kMostBucketBits = 26;
+constexpr double kMostCells = 1 << 30;  // on either side of the origin; all beyond is one cell
+// Of the whole circle of buckets, the turn from a row of cells to the next along y and along z: the R2 sequence, whose
+// points keep far apart (M. Roberts, "The Unreasonable Effectiveness of Quasirandom Sequences", 2018).
+constexpr uint32_t kTurnY = 0xc13fa9a9u, kTurnZ = 0x91e10da5u;
+constexpr uint32_t kTurnOfGraph = 0x9e3779b1u;
+
+/// Whether the nine windows of three buckets each keep apart, rounding down included.
+constexpr bool windows_are_disjoint() {
+  constexpr uint32_t bucket = 1u << (32 - kFewestBucketBits);
+  for (int y = -2; y <= 2; ++y)
+    for (int z = -2; z <= 2; ++z) {
+      const uint32_t turn = uint32_t(y) * kTurnY + uint32_t(z) * kTurnZ;
+      if ((y || z) && (turn < 4 * bucket || 0u - turn < 4 * bucket)) return false;
+    }
+  return true;
+}
+static_assert(windows_are_disjoint());
+
+template <class T>
+struct alignas(4 * sizeof(T)) Item {
+  T xyz[3];
+  int32_t id;
+};
+
+/// Places that follow each other, on from the last one to the first.
+struct Window {
+  unsigned first, until_wrap, size;
+  __device__ unsigned operator[](unsigned k) const { return k < until_wrap ? first + k : k - until_wrap; }
+};
+
+template <class T>
+struct Cells {
+  int64_t points;
+  int bits;
+  double per_length;  // cells
+  unsigned* start;    // [2^bits + 1] first place of each bucket
+  Item<T>* items;     // [points] by place; null: there is no grid
+
+  /// Everything for a search with this radius; nothing if `used` is false.
+  Cells(int64_t n, double r, bool used, Workspace& w) : points(n), bits(kFewestBucketBits) {
+    while (bits < kMostBucketBits && int64_t(1) << bits < 2 * n) ++bits;
+    // A little wider, for the edge test's rounding and what underflows in it. Tiny radii: finite, and wider still.
+    per_length = std::min(1 / ((r + underflow_length<T>()) * (1 + 1e-5)), 1e300);
+    start = w.take<unsigned>(used ? buckets() + 1 : 0);
+    items = w.take<Item<T>>(used ? n : 0);
+    if (!used) items = nullptr;
+  }
+
+  MOEYARD_HD int64_t buckets() const { return int64_t(1) << bits; }
+
+  /// Any number does for NaN, which has no edges.
+  __device__ int32_t cell(T x) const {
+    return int32_t(floor(fmin(fmax(double(x) * per_length, -kMostCells), kMostCells)));
+  }
+  __device__ unsigned bucket(const Range& graph, const T (&at)[3], int dy, int dz) const {
+    const uint32_t turn = uint32_t(cell(at[1]) + dy) * kTurnY + uint32_t(cell(at[2]) + dz) * kTurnZ +
+                          uint32_t(graph.begin) * kTurnOfGraph;
+    return (uint32_t(cell(at[0])) + (turn >> (32 - bits))) & unsigned(buckets() - 1);
+  }
+  /// One of the nine that hold all that may be near.
+  __device__ Window window(const Query<T>& q, int number) const {
+    const unsigned last = unsigned(buckets() - 1);
+    const unsigned from = (bucket(q.range, q.at, number % 3 - 1, number / 3 - 1) - 1) & last;
+    const unsigned first = start[from], until_wrap = start[min(from + 3, last + 1)] - first;
+    return {first, until_wrap, until_wrap + (from + 3 > last + 1 ? start[from + 2 - last] : 0)};
+  }
+};
+
+// ---- building -------------------------------------------------------------------------------------------------------
+
+/// Where a point goes: its bucket, and how many of that came before it.
+struct Ticket {
+  unsigned bucket, number;
+};
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) clear_buckets_kernel(Cells<T> cells) {
+  const int64_t i = thread_number();
+  if (i <= cells.buckets()) cells.start[i] = 0;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    count_points_kernel(Cells<T> cells, const T* xyz, const Range* range, Ticket* tickets) {
+  const int64_t i = thread_number();
+  if (i >= cells.points) return;
+  const T at[3] = {xyz[3 * i], xyz[3 * i + 1], xyz[3 * i + 2]};
+  const unsigned bucket = cells.bucket(range[i], at, 0, 0);
+  tickets[i] = {bucket, atomicAdd(&cells.start[bucket], 1u)};
+}
+
+struct BucketStarts {
+  unsigned* start;
+  int64_t buckets;
+  __device__ unsigned operator()(int64_t i) const { return start[i]; }
+  __device__ void operator()(int64_t i, unsigned before, unsigned) const { start[i] = before; }
+  __device__ void total(unsigned all) const { start[buckets] = all; }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    place_items_kernel(Cells<T> cells, const T* xyz, const Ticket* tickets) {
+  const int64_t i = thread_number();
+  if (i >= cells.points) return;
+  const Ticket ticket = tickets[i];
+  cells.items[cells.start[ticket.bucket] + ticket.number] = {{xyz[3 * i], xyz[3 * i + 1], xyz[3 * i + 2]}, int32_t(i)};
+}
+
+template <class T>
+void build_cells(const Cells<T>& cells, const Side<T>& side, Ticket* tickets, unsigned* sums, Stream stream) {
+  const dim3 block(kThreads);
+  cu_launch(clear_buckets_kernel<T>, grid_of(cells.buckets() + 1), block, 0, stream, cells);
+  cu_launch(count_points_kernel<T>, grid_of(cells.points), block, 0, stream, cells, side.home, side.range, tickets);
+  const BucketStarts starts{cells.start, cells.buckets()};
+  prefix_sums(starts, starts, cells.buckets(), sums, stream);
+  cu_launch(place_items_kernel<T>, grid_of(cells.points), block, 0, stream, cells, side.home, tickets);
+}
+
+// ---- looking --------------------------------------------------------------------------------------------------------
+
+/// Calls take(hit, j) for every `step`th item of the windows from the `first` on. All lanes of a warp make equally many
+/// calls if they ask for the same centre; 32 of them share the work, or one does it alone.
+template <int kLanes, class T, class Take>
+__device__ void for_each_item(const Call<T>& call, const Cells<T>& cells, const Centre<T>& centre, T limit2,
+                              Take&& take) {
+  const unsigned lane = kLanes > 1 ? unsigned(lane_number()) : 0;
+  const Query<T>& q = centre.query;
+  for (int number = 0; number < 9; ++number) {
+    const Window window = cells.window(q, number);
+    for (unsigned k = 0; k < window.size; k += kLanes) {
+      if (k + lane >= window.size) {
+        take(false, int32_t(0));
+        continue;
+      }
+      const Item<T> item = cells.items[window[k + lane]];
+      const Vec3<T> d{item.xyz[0] - q.at[0], item.xyz[1] - q.at[1], item.xyz[2] - q.at[2]};
+      const bool here = unsigned(item.id) - unsigned(q.range.begin) < unsigned(q.range.size());
+      take(here && squared_norm(d) <= limit2 && wanted(call, centre.i, item.id, Shift{{0, 0, 0}}), item.id);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace moeyard::cuda
