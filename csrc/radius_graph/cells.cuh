@@ -39,10 +39,9 @@ struct alignas(4 * sizeof(T)) Item {
   int32_t id;
 };
 
-/// Places that follow each other, on from the last one to the first.
+/// Places [begin, end), and on from the first: [0, wrapped).
 struct Window {
-  unsigned first, until_wrap, size;
-  __device__ unsigned operator[](unsigned k) const { return k < until_wrap ? first + k : k - until_wrap; }
+  unsigned begin, end, wrapped;
 };
 
 template <class T>
@@ -78,8 +77,7 @@ struct Cells {
   __device__ Window window(const Query<T>& q, int number) const {
     const unsigned last = unsigned(buckets() - 1);
     const unsigned from = (bucket(q.range, q.at, number % 3 - 1, number / 3 - 1) - 1) & last;
-    const unsigned first = start[from], until_wrap = start[min(from + 3, last + 1)] - first;
-    return {first, until_wrap, until_wrap + (from + 3 > last + 1 ? start[from + 2 - last] : 0)};
+    return {start[from], start[min(from + 3, last + 1)], from + 3 > last + 1 ? start[from + 2 - last] : 0};
   }
 };
 
@@ -115,8 +113,7 @@ struct BucketStarts {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    place_items_kernel(Cells<T> cells, const T* xyz, const Ticket* tickets) {
+__global__ void __launch_bounds__(kThreads) place_items_kernel(Cells<T> cells, const T* xyz, const Ticket* tickets) {
   const int64_t i = thread_number();
   if (i >= cells.points) return;
   const Ticket ticket = tickets[i];
@@ -135,25 +132,42 @@ void build_cells(const Cells<T>& cells, const Side<T>& side, Ticket* tickets, un
 
 // ---- looking --------------------------------------------------------------------------------------------------------
 
-/// Calls take(hit, j) for every `step`th item of the windows from the `first` on. All lanes of a warp make equally many
-/// calls if they ask for the same centre; 32 of them share the work, or one does it alone.
-template <int kLanes, class T, class Take>
+/// Rows that may be neighbours of a centre, if they are near: `count` from `begin` on, but for one.
+struct Eligible {
+  int32_t begin, count, barred = -1;
+
+  template <class T>
+  __device__ Eligible(const Call<T>& call, const Centre<T>& centre) {
+    const Range& graph = centre.query.range;
+    const bool half = call.pairs.same && call.options.half;
+    begin = half ? max(graph.begin, int32_t(centre.i)) : graph.begin;
+    count = max(graph.end - begin, 0);
+    if (call.pairs.same && !call.options.loop) barred = int32_t(centre.i);
+  }
+  __device__ bool operator()(int32_t j) const {
+    return (unsigned(j) - unsigned(begin) < unsigned(count)) & (j != barred);
+  }
+};
+
+/// Calls take(hit, j) for all items of a centre's windows: each thread for its own centre, or a warp for one, whose
+/// lanes make equally many calls.
+template <int kTogether, class T, class Take>
 __device__ void for_each_item(const Call<T>& call, const Cells<T>& cells, const Centre<T>& centre, T limit2,
                               Take&& take) {
-  const unsigned lane = kLanes > 1 ? unsigned(lane_number()) : 0;
+  const Eligible eligible(call, centre);
   const Query<T>& q = centre.query;
+  const auto look = [&](unsigned begin, unsigned end) {
+    for (unsigned first = begin; first < end; first += kTogether) {
+      const unsigned place = kTogether > 1 ? first + unsigned(lane_number()) : first;
+      const Item<T> item = cells.items[kTogether > 1 ? min(place, end - 1) : place];
+      const Vec3<T> d{item.xyz[0] - q.at[0], item.xyz[1] - q.at[1], item.xyz[2] - q.at[2]};
+      take((place < end) & (squared_norm(d) <= limit2) & eligible(item.id), item.id);
+    }
+  };
   for (int number = 0; number < 9; ++number) {
     const Window window = cells.window(q, number);
-    for (unsigned k = 0; k < window.size; k += kLanes) {
-      if (k + lane >= window.size) {
-        take(false, int32_t(0));
-        continue;
-      }
-      const Item<T> item = cells.items[window[k + lane]];
-      const Vec3<T> d{item.xyz[0] - q.at[0], item.xyz[1] - q.at[1], item.xyz[2] - q.at[2]};
-      const bool here = unsigned(item.id) - unsigned(q.range.begin) < unsigned(q.range.size());
-      take(here && squared_norm(d) <= limit2 && wanted(call, centre.i, item.id, Shift{{0, 0, 0}}), item.id);
-    }
+    look(window.begin, window.end);
+    if (window.wrapped > 0) look(0, window.wrapped);
   }
 }
 

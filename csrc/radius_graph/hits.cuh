@@ -74,20 +74,16 @@ __device__ double rounding(const CellState& state, double radius) {
   return 16 * double(kEpsilon<T>) * largest + underflow_length<T>();
 }
 
-/// Whether an edge from centre i to image s of j may be: not for the centre itself where that is no edge, nor for the
-/// direction of a pair that is not asked for.
-template <class T>
-__device__ bool wanted(const Call<T>& call, int64_t i, int64_t j, const Shift& s) {
-  if (!call.pairs.same) return true;
-  if (i == j && !call.options.loop && !s.n[0] && !s.n[1] && !s.n[2]) return false;
-  return !call.options.half || i < j || (i == j && !negative(s));
-}
-
-/// The edge test: the square of the distance from centre i to image s of j; infinite where no edge may be.
+/// The edge test: the square of the distance from centre i to image s of j; infinite for the centre itself where that
+/// is no edge, and for the direction of a pair that is not wanted.
 template <class T>
 __device__ T edge2(const Call<T>& call, const Centre<T>& centre, int64_t j, const Shift& s) {
+  constexpr T kNone = kInfinite<T>;
   const int64_t i = centre.i;
-  if (!wanted(call, i, j, s)) return kInfinite<T>;
+  if (call.pairs.same) {
+    if (i == j && !call.options.loop && !s.n[0] && !s.n[1] && !s.n[2]) return kNone;
+    if (call.options.half && (i > j || (i == j && negative(s)))) return kNone;
+  }
   return squared_norm(centre.vectors ? call.pairs(i, j, s, centre.vectors) : call.pairs(i, j));
 }
 

@@ -1,6 +1,6 @@
-// All edges in free space: a thread per centre looks through the grid of cells and keeps the neighbours that it finds in
-// a row of shared memory, which its warp sorts and stores; when all counts are known, a warp per centre writes the edges.
-// Centres with more neighbours than a row holds are searched again, each by a warp.
+// All edges in free space: a thread per centre looks through the grid of cells and keeps the neighbours that it finds
+// in a row of shared memory, which its warp sorts and stores; when all counts are known, a warp per centre writes the
+// edges. Centres with more neighbours than a row holds are searched again, each by a warp.
 #pragma once
 #include "radius_graph/cells.cuh"
 #include "radius_graph/edges.cuh"
@@ -33,7 +33,8 @@ struct RowSearch {
 
 __global__ void begin_rows_kernel(unsigned* num_long_rows) { *num_long_rows = 0; }
 
-// ---- sorting in registers ---------------------------------------------------------------------------------------------
+// ---- sorting in registers
+// ---------------------------------------------------------------------------------------------
 
 /// Sorts one value per lane, if they grow and then fall.
 __device__ inline int32_t merge_lanes(int32_t value) {
@@ -72,7 +73,8 @@ __device__ inline void store_row(const int32_t* found, int n, int32_t* row) {
   if (lane < n) row[lane] = low;
 }
 
-// ---- kernels ----------------------------------------------------------------------------------------------------------
+// ---- kernels
+// ----------------------------------------------------------------------------------------------------------
 
 template <class T>
 __global__ void __launch_bounds__(kRowThreads) find_rows_kernel(RowSearch<T> s) {
@@ -80,14 +82,14 @@ __global__ void __launch_bounds__(kRowThreads) find_rows_kernel(RowSearch<T> s) 
   const int64_t number = int64_t(blockIdx.x) * kRowThreads + threadIdx.x;
   const bool exists = number < s.call.centres.set.count;
   const int32_t i = exists ? int32_t(s.centre(number)) : 0;
+  int32_t* const mine = found[threadIdx.x];
   int n = 0;
   if (exists) {
     const Centre<T> centre(s.call, i);
     if (!centre.isolated)
       for_each_item<1>(s.call, s.cells, centre, s.limit2, [&](bool hit, int32_t j) {
-        if (!hit) return;
-        if (n < kRowLength) found[threadIdx.x][n] = j;
-        ++n;
+        if (hit & (n < kRowLength)) mine[n] = j;
+        n += hit;
       });
     s.out.num_neighbors[i] = n;
     if (n > kRowLength) s.long_rows[atomicAdd(s.num_long_rows, 1u)] = i;
@@ -118,8 +120,7 @@ __global__ void __launch_bounds__(kRowThreads) write_long_rows_kernel(RowSearch<
     const Centre<T> centre(s.call, s.long_rows[w]);
     KeyRow row(s.keys, s.offsets, centre.i, s.out.capacity);
     if (row.wanted <= 0) continue;
-    for_each_item<32>(s.call, s.cells, centre, s.limit2,
-                      [&](bool hit, int32_t j) { row.take(hit, key_of(j, 0)); });
+    for_each_item<32>(s.call, s.cells, centre, s.limit2, [&](bool hit, int32_t j) { row.take(hit, key_of(j, 0)); });
     row.tidy();
     write_edges(s.call, s.out, s.offsets[centre.i], centre, row.n, [&](int64_t k) { return row.key[k]; });
   }
