@@ -5,7 +5,10 @@
 namespace moeyard::cuda {
 namespace {
 
-__global__ void begin_search_kernel(RadiusOutputs out) { *out.truncated = 0; }
+__global__ void begin_search_kernel(RadiusOutputs out, unsigned* num_long_rows) {
+  *out.truncated = 0;
+  *num_long_rows = 0;
+}
 
 struct Counts {
   const int32_t* count;
@@ -17,6 +20,13 @@ struct Offsets {
   __device__ void operator()(int64_t i, int64_t before, int64_t) const { offsets[i] = before; }
   __device__ void total(int64_t all) const { offsets[centres] = *out.num_edges = all; }
 };
+
+template <class T>
+__device__ void write_geometry(const RadiusOutputs& out, int64_t e, const Vec3<T>& d) {
+  T* const vector = static_cast<T*>(out.vector) + 3 * e;
+  vector[0] = d.x, vector[1] = d.y, vector[2] = d.z;
+  static_cast<T*>(out.distance)[e] = sqrt(squared_norm(d));
+}
 
 /// The edges of a centre from edge `first` on, for a whole warp: key(k) is that of the k-th of n.
 template <class T, class Key>
@@ -30,11 +40,8 @@ __device__ void write_edges(const Call<T>& call, const RadiusOutputs& out, int64
     out.centre[e] = centre.i, out.neighbour[e] = j;
     if (out.cell_shift)
       for (int c = 0; c < 3; ++c) out.cell_shift[3 * e + c] = shift.n[c];
-    if (!out.distance) continue;
-    const Vec3<T> d = centre.vectors ? call.pairs(centre.i, j, shift, centre.vectors) : call.pairs(centre.i, j);
-    T* const vector = static_cast<T*>(out.vector) + 3 * e;
-    vector[0] = d.x, vector[1] = d.y, vector[2] = d.z;
-    static_cast<T*>(out.distance)[e] = sqrt(squared_norm(d));
+    if (out.distance)
+      write_geometry(out, e, centre.vectors ? call.pairs(centre.i, j, shift, centre.vectors) : call.pairs(centre.i, j));
   }
 }
 

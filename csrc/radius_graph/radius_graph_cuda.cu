@@ -160,7 +160,6 @@ void count_edges(const Work<T>& w, Stream stream) {
 template <class T>
 void find_rows(const Work<T>& w, Stream stream) {
   build_cells(w.rows.cells, w.rows.call.points, w.tickets, w.bucket_sums, stream);
-  cu_launch(begin_rows_kernel, dim3(1), dim3(1), 0, stream, w.rows.num_long_rows);
   cu_launch(find_rows_kernel<T>, w.row_grid(kRowThreads), dim3(kRowThreads), 0, stream, w.rows);
 }
 
@@ -179,7 +178,7 @@ void search(Work<T>& w, const RadiusOutputs& out, unsigned* errors, Stream strea
     cu_launch(find_lattices_kernel<T>, grid_of(w.num_cells), dim3(kThreads), 0, stream, call, w.num_cells);
   prepare(call.points, call, stream);
   if (!w.same) prepare(call.centres, call, stream);
-  cu_launch(begin_search_kernel, dim3(1), dim3(1), 0, stream, out);
+  cu_launch(begin_search_kernel, dim3(1), dim3(1), 0, stream, out, w.rows.num_long_rows);
   if (w.by_cells) {
     find_rows(w, stream);
   } else {

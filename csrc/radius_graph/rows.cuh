@@ -31,8 +31,6 @@ struct RowSearch {
   __device__ int64_t centre(int64_t number) const { return call.pairs.same ? cells.items[number].id : number; }
 };
 
-__global__ void begin_rows_kernel(unsigned* num_long_rows) { *num_long_rows = 0; }
-
 // ---- sorting in registers
 // ---------------------------------------------------------------------------------------------
 
@@ -107,10 +105,15 @@ template <class T>
 __global__ void __launch_bounds__(kRowThreads) write_rows_kernel(RowSearch<T> s) {
   const int64_t i = int64_t(blockIdx.x) * kRowWarps + threadIdx.x / 32;
   if (i >= s.call.centres.set.count) return;
-  const int64_t first = s.offsets[i], n = s.offsets[i + 1] - first;
-  if (n == 0 || n > kRowLength || first >= s.out.capacity) return;
+  const int64_t first = s.offsets[i], found = s.offsets[i + 1] - first, room = s.out.capacity - first;
+  if (found > kRowLength) return;
+  const int n = int(min(found, room));
   const int32_t* const row = s.rows + i * kRowLength;
-  write_edges(s.call, s.out, first, Centre<T>(s.call, i), n, [&](int64_t k) { return key_of(row[k], 0); });
+#pragma unroll 1
+  for (int k = lane_number(); k < n; k += 32) {
+    s.out.centre[first + k] = i, s.out.neighbour[first + k] = row[k];
+    if (s.out.distance) write_geometry(s.out, first + k, s.call.pairs(i, row[k]));
+  }
 }
 
 template <class T>
