@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one run of under nine minutes: build from the clean tree, the tests on CUDA with the
-# demo and a step of every model, the benchmarks with the copy ceiling, then compute-sanitizer on the op tests. Every step's log and figures land in $OUT
-# (default gpu-results): build.log, doctor.txt, tests.log, benchmarks.log, cuda_ops.json, cuda_ops.md, roofline.png,
-# sanitizer.log. Needs python3 with torch (CUDA), pybind11, scikit-build-core, pytest, hypothesis and nvcc; transformers
-# as a peer if it is there; installs nothing else.
+# demo and a step of every model, the benchmarks with the copy ceiling, then compute-sanitizer on the op tests. Every
+# step's log and figures land in $OUT (default gpu-results): build.log, doctor.txt, tests.log, benchmarks.log,
+# cuda_ops.json, cuda_ops.md, roofline.png, sanitizer.log. Needs python3 with torch (CUDA), pybind11, scikit-build-core,
+# pytest, hypothesis and nvcc; transformers as a peer, lightning and matplotlib for training if they are there; installs
+# nothing else.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-gpu-results}
