@@ -26,11 +26,8 @@ GATES = "test_topk_gating_engines.py -k any_call"
 LAST_BITS = "test_topk_gating_engines.py -k last_bits"
 FOLLOWING = "test_topk_gating_engines.py -k follow"
 HEAVIEST, PERMUTE = (f"permute_tokens/{name}" for name in ("keep_heaviest.cuh", "permute_tokens_cuda.cu"))
-SORT, WORDS = "common/digit_sort.cuh", "common/words.cuh"
+SORT, SCAN, WORDS = (f"common/{name}.cuh" for name in ("digit_sort", "scan", "words"))
 GATE, BACKWARD, SELECT, ROW = (f"topk_gating/gate_{name}.cuh" for name in ("forward", "backward", "select", "row"))
-
-
-SCAN = "common/scan.cuh"
 TREE, HITS, LISTS, CELLS, EDGE_ROWS, EDGES = (
     f"radius_graph/{name}.cuh" for name in ("tree", "hits", "lists", "cells", "rows", "edges")
 )
@@ -39,7 +36,6 @@ PACK, RANKS, GATHER = (
 )
 NEIGHBOURS = "test_radius_graph_engines.py -k agree"
 NEAREST = "test_radius_graph_engines.py -k knn"
-CAPACITY = "test_radius_graph_engines.py -k capacity"
 EPOCHS = "test_pack_batches_engines.py -k agree"
 BATCHES = "test_gather_segments_engines.py -k agree"
 
@@ -115,14 +111,17 @@ MUTANTS = {
         LISTS, "stride /= 2) {\n      __syncwarp();", "stride /= 2) {", NEIGHBOURS, "data race", "thread"
     ),
     "edges beyond the capacity": Mutant(
-        EDGES, "  n = min(n, out.capacity - first);\n", "", CAPACITY, "heap-buffer-overflow", "address"
+        EDGES, "  n = min(n, out.capacity - first);\n", "", NEIGHBOURS, "heap-buffer-overflow", "address"
+    ),
+    "rows beyond the capacity": Mutant(
+        EDGE_ROWS, "int(min(found, room))", "int(found)", NEIGHBOURS, "heap-buffer-overflow", "address"
     ),
     "a strip counted twice": Mutant(SCAN, "s < int(blockIdx.x);", "s <= int(blockIdx.x);", BATCHES, DIFFERENT),
     "an unwritten end of jumps": Mutant(PACK, "if (c > packed) return;", "if (c >= packed) return;", EPOCHS, DIFFERENT),
     "the first of a segment by chance": Mutant(RANKS, "      atomicMin(slot + s, p);\n", "", EPOCHS, DIFFERENT),
     "rows of the segment past the last": Mutant(
         GATHER, "source[r] = m < chosen.starts.segments ? ", "source[r] = m <= chosen.starts.segments ? ", BATCHES,
-        "heap-buffer-overflow", "address",
+        f"heap-buffer-overflow|{DIFFERENT}", "address",
     ),
 }  # fmt: skip
 

@@ -15,7 +15,8 @@ namespace moeyard::cuda {
 namespace {
 
 constexpr int kFewestBucketBits = 7, kMostBucketBits = 26;
-constexpr double kMostCells = 1 << 30;  // on either side of the origin; all beyond is one cell
+// On either side of the origin; all beyond is one cell. Up to here a coordinate in cells is right to 4e-6.
+constexpr double kMostCells = double(int64_t(1) << 35);
 // Of the whole circle of buckets, the turn from a row of cells to the next along y and along z: the R2 sequence, whose
 // points keep far apart (M. Roberts, "The Unreasonable Effectiveness of Quasirandom Sequences", 2018).
 constexpr uint32_t kTurnY = 0xc13fa9a9u, kTurnZ = 0x91e10da5u;
@@ -34,7 +35,7 @@ constexpr bool windows_are_disjoint() {
 static_assert(windows_are_disjoint());
 
 template <class T>
-struct alignas(4 * sizeof(T)) Item {
+struct alignas(16) Item {
   T xyz[3];
   int32_t id;
 };
@@ -55,8 +56,8 @@ struct Cells {
   /// Everything for a search with this radius; nothing if `used` is false.
   Cells(int64_t n, double r, bool used, Workspace& w) : points(n), bits(kFewestBucketBits) {
     while (bits < kMostBucketBits && int64_t(1) << bits < 2 * n) ++bits;
-    // A little wider, for the edge test's rounding and what underflows in it. Tiny radii: finite, and wider still.
-    per_length = std::min(1 / ((r + underflow_length<T>()) * (1 + 1e-5)), 1e300);
+    // A little wider, for the edge test's rounding and what underflows in it.
+    per_length = 1 / ((r + underflow_length<T>()) * (1 + 1e-5));
     start = w.take<unsigned>(used ? buckets() + 1 : 0);
     items = w.take<Item<T>>(used ? n : 0);
     if (!used) items = nullptr;
@@ -64,14 +65,14 @@ struct Cells {
 
   MOEYARD_HD int64_t buckets() const { return int64_t(1) << bits; }
 
-  /// Any number does for NaN, which has no edges.
-  __device__ int32_t cell(T x) const {
-    return int32_t(floor(fmin(fmax(double(x) * per_length, -kMostCells), kMostCells)));
+  /// Modulo 2^32, as buckets go round. Any number does for NaN, which has no edges.
+  __device__ uint32_t cell(T x) const {
+    return uint32_t(int64_t(floor(fmin(fmax(double(x) * per_length, -kMostCells), kMostCells))));
   }
   __device__ unsigned bucket(const Range& graph, const T (&at)[3], int dy, int dz) const {
-    const uint32_t turn = uint32_t(cell(at[1]) + dy) * kTurnY + uint32_t(cell(at[2]) + dz) * kTurnZ +
+    const uint32_t turn = (cell(at[1]) + uint32_t(dy)) * kTurnY + (cell(at[2]) + uint32_t(dz)) * kTurnZ +
                           uint32_t(graph.begin) * kTurnOfGraph;
-    return (uint32_t(cell(at[0])) + (turn >> (32 - bits))) & unsigned(buckets() - 1);
+    return (cell(at[0]) + (turn >> (32 - bits))) & unsigned(buckets() - 1);
   }
   /// One of the nine that hold all that may be near.
   __device__ Window window(const Query<T>& q, int number) const {

@@ -31,8 +31,7 @@ struct RowSearch {
   __device__ int64_t centre(int64_t number) const { return call.pairs.same ? cells.items[number].id : number; }
 };
 
-// ---- sorting in registers
-// ---------------------------------------------------------------------------------------------
+// ---- sorting in registers -------------------------------------------------------------------------------------------
 
 /// Sorts one value per lane, if they grow and then fall.
 __device__ inline int32_t merge_lanes(int32_t value) {
@@ -71,8 +70,7 @@ __device__ inline void store_row(const int32_t* found, int n, int32_t* row) {
   if (lane < n) row[lane] = low;
 }
 
-// ---- kernels
-// ----------------------------------------------------------------------------------------------------------
+// ---- kernels --------------------------------------------------------------------------------------------------------
 
 template <class T>
 __global__ void __launch_bounds__(kRowThreads) find_rows_kernel(RowSearch<T> s) {
@@ -106,7 +104,7 @@ __global__ void __launch_bounds__(kRowThreads) write_rows_kernel(RowSearch<T> s)
   const int64_t i = int64_t(blockIdx.x) * kRowWarps + threadIdx.x / 32;
   if (i >= s.call.centres.set.count) return;
   const int64_t first = s.offsets[i], found = s.offsets[i + 1] - first, room = s.out.capacity - first;
-  if (found > kRowLength) return;
+  if (found > kRowLength || room <= 0) return;
   const int n = int(min(found, room));
   const int32_t* const row = s.rows + i * kRowLength;
 #pragma unroll 1

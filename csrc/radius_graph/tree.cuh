@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kThreads) join_boxes_kernel(const Box<T>* belo
 
 // ---- walk -----------------------------------------------------------------------------------------------------------
 
-/// A point that asks for points of a range of places; at the same place for a whole warp.
+/// A point that asks for points of its graph: rows, which in the tree are places too.
 template <class T>
 struct Query {
   T at[3];

@@ -54,6 +54,9 @@ def _cpu() -> Iterator[Finding]:
 
 
 def _cuda() -> Iterator[Finding]:
+    if torch.version.hip is not None:
+        yield Finding("CUDA device", "not usable: this torch is a ROCm build", "ROCm is not supported; use CPU tensors")
+        return
     if not _native.cuda_built:
         mend = "for GPU kernels: put nvcc (CUDA 12 or later) on PATH and reinstall from source"
         yield Finding("CUDA kernels", "not compiled in; CPU tensors work", mend)
@@ -61,9 +64,7 @@ def _cuda() -> Iterator[Finding]:
     version = _native.cuda().runtime_version
     codes = ", ".join(f"sm_{arch}" for arch in _native.cuda().architectures.split(","))
     yield Finding("CUDA kernels", f"compiled in (CUDA {version // 1000}.{version % 1000 // 10}, {codes}, PTX)")
-    if torch.version.hip is not None:
-        yield Finding("CUDA device", "not usable: this torch is a ROCm build", "ROCm is not supported; use CPU tensors")
-    elif torch.version.cuda is None:
+    if torch.version.cuda is None:
         yield Finding("CUDA device", "not usable: this torch is a CPU build", "install a CUDA build of torch")
     elif not torch.cuda.is_available():
         mend = "check `nvidia-smi` and the driver; CPU tensors work meanwhile"

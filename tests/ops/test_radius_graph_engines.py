@@ -148,6 +148,10 @@ def test_cells_anywhere_agree(name: str, dtype: torch.dtype) -> None:
     for scale, seed in ((1.0, 3), (1e-20, 4), (1e-22, 5), (2.0**30, 6), (1e17, 7)):
         assert_agree(name, seed, moeyard.radius_graph, {"pos": line * scale, "r": 5.0 * scale})
         assert_agree(name, seed, moeyard.radius, {"x": line * scale, "y": line[::7] * scale, "r": 5.0 * scale})
+    # Neighbours that are a whole radius away, but for a millionth: cells must not be narrower.
+    chain = torch.arange(300, dtype=dtype)[:, None] * (0.7 * (1 - 1e-6))
+    for axis in torch.eye(3, dtype=dtype):
+        assert_agree(name, 9, moeyard.radius_graph, {"pos": chain * axis, "r": 0.7})
     far = torch.cat([line * 1e-3, line * 1e-3 + 1e4, line * 1e15])
     assert_agree(name, 8, moeyard.radius_graph, {"pos": far, "r": 0.005})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +17,7 @@ from moeyard.data.batching import (
     ResidentLoader,
     ResidentTable,
     StructureBatch,
+    own_device,
     structure_loader,
 )
 from moeyard.data.structures import StructureTable, embed_molecules, read_structures
@@ -104,11 +104,6 @@ class StructuresDemoData:
             return ResidentBatches(self.resident, budget, ids=ids, shuffle=shuffle, seed=seed, oversize="own_batch")
         sizes = self.table.sizes[ids]
         return _Chosen(AtomBudgetBatchSampler(sizes, budget, shuffle=shuffle, seed=seed, oversize="own_batch"), ids)
-
-
-def own_device(device: str) -> torch.device:
-    """The device of this process, where torchrun has started several."""
-    return torch.device(device, int(os.environ.get("LOCAL_RANK", "0"))) if device == "cuda" else torch.device(device)
 
 
 class StructuresDemo:

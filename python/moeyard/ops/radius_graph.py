@@ -112,7 +112,8 @@ def radius_graph(
     than 2^31 edges have a gradient.
 
     Source: cell lists (Hockney and Eastwood 1981; Allen and Tildesley 1987) and k-d trees (Bentley 1975); on a GPU a
-    tree of boxes over points along a Z-order curve (Morton 1966; Lauterbach et al. 2009, Computer Graphics Forum 28).
+    hashed grid (Teschner et al. 2003, Vision, Modeling and Visualization), or for selections and cells a tree of boxes
+    over points along a Z-order curve (Morton 1966; Lauterbach et al. 2009, Computer Graphics Forum 28).
     """
     r = _cutoff(r)
     _check.option("flow", flow, _FLOWS)

@@ -22,7 +22,6 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
-from moeyard.doctor import missing_for_cuda
 from moeyard.train.callbacks import StepEnd, Stop
 from moeyard.train.checkpoint import Checkpoints
 from moeyard.train.config import TrainConfig
@@ -144,8 +143,6 @@ def _loader(config: TrainConfig, data: Data, batches: RepeatedEpochs) -> Iterabl
 
 
 def _check(config: TrainConfig, data: Data, processes: Processes) -> None:
-    if config.device == "cuda" and (missing := missing_for_cuda()):
-        raise UsageError(f"device = cuda: {missing}")
     if config.accumulate % processes.count:
         next_multiple = -(-config.accumulate // processes.count) * processes.count
         raise UsageError(

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from moeyard.data.batching import own_device
+from moeyard.doctor import missing_for_cuda
 from moeyard.train.checkpoint import Checkpoints
 from moeyard.train.config import TrainConfig, config_class, signature
 from moeyard.train.errors import UsageError
@@ -61,6 +63,7 @@ def train(
     Raises:
         UsageError: the folder is in use, a checkpoint is damaged or of other settings, a full disk, bad data.
     """
+    _need(config.device)
     run = store.run(system.name, signature(config))
     with joined(config.device) as processes:
         if not processes.first:
@@ -93,6 +96,12 @@ def train(
                     _note_failure(run, error)
                 raise
             return _finish(run, result, processes)
+
+
+def _need(device: str) -> None:
+    """UsageError where there is no such device."""
+    if device == "cuda" and (missing := missing_for_cuda()):
+        raise UsageError(f"device = cuda: {missing}")
 
 
 def _nothing(line: str) -> None:
@@ -168,7 +177,7 @@ def _finish(run: Run, result: FitResult, processes: Processes) -> TrainResult:
 
 
 def evaluate_run(run: Run, *, kind: str = "best", progress: Progress | None = None) -> tuple[int, dict[str, float]]:
-    """Scores a run's weights on its evaluation batches.
+    """Scores a run's weights on its evaluation batches, on the device that it was trained on.
 
     Args:
         run: see `RunStore.find`.
@@ -179,7 +188,7 @@ def evaluate_run(run: Run, *, kind: str = "best", progress: Progress | None = No
         The step of the weights, and the numbers.
 
     Raises:
-        UsageError: no checkpoint, a damaged one, or nothing to evaluate on.
+        UsageError: no checkpoint, a damaged one, no such device, or nothing to evaluate on.
     """
     system = load_system(run.system)
     config = config_class(system.Config).model_validate_json(_text(run.folder / "config.json"))
@@ -187,12 +196,14 @@ def evaluate_run(run: Run, *, kind: str = "best", progress: Progress | None = No
     place = (checkpoints.latest("best") if kind == "best" else None) or checkpoints.latest()
     if place is None:
         raise UsageError(f"{run.folder}: no checkpoint to evaluate")
+    _need(config.device)
     data, model = _built(system, config, progress)
     _same_data(run, data, checkpoints)
     if not data.evaluation_batches:
         raise UsageError(f"{run.system}: no evaluation batches with these settings")
     model.load_state_dict(checkpoints.weights(place))
-    return int(checkpoints.manifest(place)["step"]), evaluate(model, data, config)
+    device = own_device(config.device)
+    return int(checkpoints.manifest(place)["step"]), evaluate(model.to(device), data, config, device=device)
 
 
 def _text(path: Path) -> str:

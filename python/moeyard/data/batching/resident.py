@@ -11,6 +11,7 @@ The host learns the numbers of atoms of an epoch's batches once, when it is plan
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -21,6 +22,11 @@ from moeyard import ops
 from moeyard.data.batching.collate import StructureBatch
 from moeyard.data.batching.sampler import AtomBudgetBatchSampler
 from moeyard.data.structures.table import StructureTable
+
+
+def own_device(device: str) -> torch.device:
+    """The device "cpu" or "cuda" of this process, where torchrun has started several."""
+    return torch.device(device, int(os.environ.get("LOCAL_RANK", "0"))) if device == "cuda" else torch.device(device)
 
 
 class PlannedBatch(NamedTuple):
