@@ -53,9 +53,8 @@ def all_pairs(points: Points) -> Tensor:
     local = torch.arange(len(points.pos), device=points.pos.device) - points.ptr[points.batch]
     padded = points.pos.new_full((len(sizes), 64, 3), float("nan"))
     padded[points.batch, local] = points.pos
-    graph, i, j = (torch.cdist(padded, padded, compute_mode="donot_use_mm_for_euclid_dist") < CUTOFF).nonzero(
-        as_tuple=True
-    )
+    distances = torch.cdist(padded, padded, compute_mode="donot_use_mm_for_euclid_dist")
+    graph, i, j = (distances < CUTOFF).nonzero(as_tuple=True)
     keep = i != j
     return torch.stack([(points.ptr[graph] + j)[keep], (points.ptr[graph] + i)[keep]])
 

@@ -1,5 +1,5 @@
-// A centre and its hits, found in the tree by a warp: points of its graph, and their periodic images, that pass the edge
-// test.
+// A centre and its hits, found in the tree by a warp: points of its graph, and their periodic images, that pass the
+// edge test.
 //
 // A hit has a key, the neighbour's row above the number of its image among those that the centre asks for: keys of one
 // centre are ordered like (neighbour, shift).
