@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import moeyard
 from moeyard import _native, doctor
@@ -31,6 +32,15 @@ def test_build_without_cuda_is_said_with_its_mend(monkeypatch: pytest.MonkeyPatc
     assert finding.state.startswith("not compiled in")
     assert finding.mend is not None
     assert "nvcc" in finding.mend
+
+
+def test_rocm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    (finding,) = (f for f in doctor.findings() if f.topic.startswith("CUDA"))
+    assert finding.state == "not usable: this torch is a ROCm build"
+    assert doctor.missing_for_cuda() is not None
+    with pytest.raises(RuntimeError, match="no kernels for ROCm"):
+        _native.cuda()
 
 
 def test_a_missing_extra_is_named_with_its_mend(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ pytest.importorskip("typer", reason="needs moeyard[cli]")
 pytest.importorskip("lightning", reason="needs moeyard[train]")
 pytest.importorskip("tensorboard", reason="needs moeyard[train]")
 
+from engines import has_gpu
 from moeyard.cli import main
 from moeyard.models.tokens_demo import TokenClassifier
 from moeyard.train.callbacks import Stop
@@ -148,6 +149,16 @@ def test_a_users_mistake_is_one_line(
     assert error.startswith("moeyard: ")
     assert line in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU")
+@pytest.mark.parametrize("system", ["tokens-demo", "structures-demo"])
+def test_a_device_that_is_not_there(system: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", system, "--set", "device=cuda", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("moeyard: device = cuda: CUDA ")
+    assert error.count("\n") == 1
+    assert RunStore(tmp_path).runs() == []
 
 
 def test_two_runs_on_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

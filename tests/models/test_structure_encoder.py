@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeyard.models import StructureEncoder, StructureEncoderConfig
+from moeyard import radius_graph
+from moeyard.models import StructureEncoder, StructureEncoderConfig, structure_encoder
 
 SMALL = {"dim": 16, "num_layers": 2, "num_basis": 8, "num_experts": 4, "expert_hidden": 12}
 
@@ -61,6 +62,22 @@ def test_a_batch_equals_its_structures() -> None:
     for a, b in ((0, 20), (20, 60)):
         alone = model(positions[a:b], elements[a:b], torch.tensor([0, b - a]))
         torch.testing.assert_close(together.noise[a:b], alone.noise, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("max_neighbors", [32, 6])
+def test_edges_that_fill_a_capacity_change_nothing(monkeypatch: pytest.MonkeyPatch, max_neighbors: int) -> None:
+    """On a GPU a graph has room for all edges that it might have; here on the CPU."""
+    model, batch = encoder(max_neighbors=max_neighbors), structures()
+    free = model(*batch)
+    room = model._capacity(len(batch[0]))
+    assert room == 60 * max_neighbors
+    monkeypatch.setattr(
+        structure_encoder, "radius_graph", lambda *args, **options: radius_graph(*args, **options | {"max_edges": room})
+    )
+    fixed = model(*batch)
+    assert fixed.num_edges == free.num_edges <= room
+    torch.testing.assert_close(fixed.noise, free.noise, rtol=0, atol=1e-12)
+    torch.testing.assert_close(fixed.element_logits, free.element_logits, rtol=0, atol=1e-12)
 
 
 def test_every_parameter_learns() -> None:

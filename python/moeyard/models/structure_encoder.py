@@ -122,14 +122,12 @@ class StructureEncoder(nn.Module):
             `StructureEncoding`.
         """
         config = self.config
-        # With a limit of neighbours the number of edges has one too, and a GPU need not be waited for.
-        fixed = positions.is_cuda and config.max_neighbors is not None
         graph = radius_graph(
             positions,
             config.cutoff,
             ptr=ptr,
             max_num_neighbors=config.max_neighbors,
-            max_edges=len(positions) * (config.max_neighbors or 0) if fixed else None,
+            max_edges=self._capacity(len(positions)) if positions.is_cuda else None,
         )
         edges = edges_of(graph.edge_index, graph.distance, graph.vector, self.basis)
         forced = self._forced_experts(ptr, domain, len(positions))
@@ -141,6 +139,11 @@ class StructureEncoder(nn.Module):
         h = self.norm(h)
         noise = self.noise_head(h, edges)
         return StructureEncoding(h, self.element_head(h), noise, tuple(gatings), graph.num_edges)
+
+    def _capacity(self, atoms: int) -> int | None:
+        """The most edges that so many atoms have, if there is a limit: a GPU need not be waited for then."""
+        limit = self.config.max_neighbors
+        return None if limit is None else atoms * limit
 
     def _forced_experts(self, ptr: Tensor, domain: Tensor | None, atoms: int) -> Tensor | None:
         if self.config.routing == "learned":
