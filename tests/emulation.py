@@ -121,7 +121,8 @@ def under_sanitizer(flavour: str) -> tuple[list[str], dict[str, str]]:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     libraries = f"{path(SANITIZERS[flavour])}:{path('libstdc++.so.6')}"
-    thread = f"halt_on_error=1:report_mutex_bugs=0:suppressions={ROOT}/tests/native/thread_sanitizer.supp"
+    thread = "halt_on_error=1:report_mutex_bugs=0:history_size=0:ignore_noninstrumented_modules=1"
+    thread += f":suppressions={ROOT}/tests/native/thread_sanitizer.supp"
     return fixed_addresses(), {"LD_PRELOAD": libraries, "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": thread}
 
 
