@@ -39,7 +39,7 @@ test-simd: $(VENV)/test.stamp
 	bash .ci/on-each-simd-level $(BIN)/python --below-best $(BIN)/python -m pytest tests/ops -m "not slow" -k "not emulated" -n 2
 
 test-cuda: $(VENV)/test.stamp
-	MOEYARD_EXAMPLES=10 $(BIN)/python -m pytest tests/ops/test_*_engines.py -k "agree or any_call" -n 2 --timeout 1200
+	MOEYARD_EXAMPLES=10 $(BIN)/python -m pytest tests/ops/test_*_engines.py -k "agree or any_call" -n 2 --dist worksteal --timeout 1200
 	bash .ci/sanitize $(abspath $(BIN)/python) emulation
 
 sanitize: $(VENV)/test.stamp

@@ -3,9 +3,9 @@
     with emulated(seed=4):
         moeyard.topk_gating(logits, 2)      # CPU tensors, the CUDA kernels, one fibre per CUDA thread
 
-See csrc/emulation/README.md. The flavour comes from MOEYARD_EMULATION: plain (the default), preempt, address, thread;
-the last two need their sanitizer loaded before Python: `under_sanitizer`, `.ci/sanitize`. MOEYARD_EMULATION_ROOT names
-another tree to build the kernels of.
+See csrc/emulation/README.md. The flavour comes from MOEYARD_EMULATION: plain (the default), preempt, address, thread,
+folded or blocks; those after preempt need their sanitizer loaded before Python: `under_sanitizer`, `.ci/sanitize`.
+MOEYARD_EMULATION_ROOT names another tree to build the kernels of.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ FLAVOURS = {
     "address": ["-DMOEYARD_SANITIZE=address,undefined"],
     "thread": ["-DMOEYARD_SANITIZE=thread"],
 }
+IDENTITIES = {"folded": 256, "blocks": 1}  # as how many threads the build `thread` shows a block to its sanitizer
 FLAVOUR = os.environ.get("MOEYARD_EMULATION", "plain")
-SANITIZERS = {"address": "libasan.so", "thread": "libtsan.so"}
+SANITIZERS = {"address": "libasan.so"} | dict.fromkeys(["thread", *IDENTITIES], "libtsan.so")
 
 
 def tool(name: str) -> str:
@@ -68,9 +69,14 @@ def only_process(lock: Path) -> Iterator[None]:
         yield
 
 
+def built_as(flavour: str) -> str:
+    return "thread" if flavour in IDENTITIES else flavour
+
+
 def build(flavour: str, target: str = "_cuda", root: Path = SOURCES) -> Path:
     """The folder with the built `target`: the module _cuda, or the program emulation_kernels. It is built again where
     sources are newer, and an error shows the compiler's output."""
+    flavour = built_as(flavour)
     room = root / "build" / f"emulation-{flavour}"
     configure = [
         tool("cmake"),
@@ -121,7 +127,8 @@ def under_sanitizer(flavour: str) -> tuple[list[str], dict[str, str]]:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     libraries = f"{path(SANITIZERS[flavour])}:{path('libstdc++.so.6')}"
-    thread = f"halt_on_error=1:report_mutex_bugs=0:suppressions={ROOT}/tests/native/thread_sanitizer.supp"
+    thread = "halt_on_error=1:report_mutex_bugs=0:history_size=0:ignore_noninstrumented_modules=1"
+    thread += f":suppressions={ROOT}/tests/native/thread_sanitizer.supp"
     return fixed_addresses(), {"LD_PRELOAD": libraries, "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": thread}
 
 
@@ -139,7 +146,8 @@ def module(flavour: str = FLAVOUR) -> ModuleType:
 def set_options(seed: int = 0, poison: int = 0xFF, resident_blocks: int = 0, strict_exit: bool = True) -> None:
     """The engine's options (csrc/emulation/engine.hpp), all of them."""
     library = ctypes.CDLL(str(module().__file__))
-    library.moeyard_emulation_set_options(seed, poison, resident_blocks, int(strict_exit))
+    identities = IDENTITIES.get(FLAVOUR, 0)
+    library.moeyard_emulation_set_options(seed, poison, resident_blocks, int(strict_exit), identities)
 
 
 @contextmanager

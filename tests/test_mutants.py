@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import pytest
 
-from emulation import ROOT, build, under_sanitizer
+from emulation import ROOT, build, built_as, under_sanitizer
 
 pytestmark = pytest.mark.slow
 
@@ -58,7 +58,7 @@ MUTANTS = {
         HEAVIEST, "  __syncthreads();\n  return before;", "  return before;", PLANS, DIFFERENT
     ),
     "removed __syncwarp": Mutant(
-        ROW, "table[at] += value;\n    __syncwarp();", "table[at] += value;", GATES, "data race", "thread"
+        ROW, "table[at] += value;\n    __syncwarp();", "table[at] += value;", GATES, "data race", "folded"
     ),
     "off by one, read": Mutant(
         PERMUTE, "row < m.plan.rows ? m.plan", "row <= m.plan.rows ? m.plan", ROWS, "heap-buffer-overflow", "address"
@@ -81,6 +81,10 @@ MUTANTS = {
     "non-atomic add": Mutant(SORT, "atomicAdd(&bins[bin[j]], 1u)", "++bins[bin[j]]", PLANS, DIFFERENT, "preempt"),
     "non-atomic add, as a race": Mutant(
         GATE, "atomicAdd(shared.counts + slots.id[r], 1)", "++shared.counts[slots.id[r]]", GATES, "data race", "thread"
+    ),
+    "blocks that write to the same place": Mutant(
+        SORT, "counts[int64_t(blockIdx.x) * p.bins + b] = ", "counts[int64_t(blockIdx.x / 2) * p.bins + b] = ", PLANS,
+        "data race", "blocks"
     ),
     "misaligned vector access": Mutant(
         WORDS, "bits |= reinterpret_cast<uintptr_t>(address);", "(void)address;", ROWS, "misaligned"
@@ -128,7 +132,7 @@ MUTANTS = {
 
 def copy_of_the_sources(flavour: str) -> Path:
     """With its own build folder, which is kept, so that another mutant compiles one file."""
-    copy = ROOT / "build" / f"mutants-{flavour}"
+    copy = ROOT / "build" / f"mutants-{built_as(flavour)}"
     copy.mkdir(parents=True, exist_ok=True)
     for name in ("CMakeLists.txt", "pyproject.toml"):
         mirror(ROOT / name, copy / name)

@@ -22,8 +22,9 @@ struct Location {
 struct Options {
   unsigned seed = 0;             ///< 0: forward, 1: backward, even: uniformly random, odd: mostly the woken last
   unsigned char poison = 0xFF;   ///< fill of new shared memory and of undefined shuffle results
-  unsigned resident_blocks = 0;  ///< blocks alive at a time; 0: one for the seeds 0 and 1, three for all others
+  unsigned resident_blocks = 0;  ///< blocks alive at a time; 0: one or three, as blocks_at_a_time() has it
   bool strict_exit = true;       ///< no barrier or collective may name a thread that has left the kernel
+  unsigned identities = 0;       ///< as how many threads ThreadSanitizer sees a block; 0: as many as it has
 };
 extern Options options;
 

@@ -121,14 +121,13 @@ Fibre make_fibre() {
   Fibre fibre;
   fibre.stack = static_cast<char*>(pages) + kGuardBytes;
   fibre.stack_bytes = kStackBytes;
-  if (__tsan_create_fiber) fibre.identity = __tsan_create_fiber(0);
   return fibre;
 }
 
 void destroy(Fibre& fibre) {
   // Frames that never returned have left their red zones behind.
   if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(fibre.stack, fibre.stack_bytes);
-  if (__tsan_destroy_fiber) __tsan_destroy_fiber(fibre.identity);
+  if (fibre.own_identity) __tsan_destroy_fiber(fibre.own_identity);
   munmap(fibre.stack - kGuardBytes, kGuardBytes + fibre.stack_bytes);
 }
 
@@ -143,8 +142,13 @@ void adopt_thread(Fibre& fibre) {
   if (__tsan_get_current_fiber) fibre.identity = __tsan_get_current_fiber();
 }
 
-bool shows_names() { return __tsan_set_fiber_name; }
-void set_name(Fibre& fibre, const char* name) { __tsan_set_fiber_name(fibre.identity, name); }
+bool has_identities() { return __tsan_create_fiber; }
+
+void run_as(Fibre& fibre, Fibre& whom, const char* name) {
+  if (!whom.own_identity) whom.own_identity = __tsan_create_fiber(0);
+  fibre.identity = whom.own_identity;
+  __tsan_set_fiber_name(fibre.identity, name);
+}
 
 void on_death(void (*tell)()) {
   if (__sanitizer_set_death_callback) __sanitizer_set_death_callback(tell);

@@ -8,8 +8,9 @@ struct Fibre {
   void* stack_pointer = nullptr;
   char* stack = nullptr;  // lowest byte; below it lies a guard page
   size_t stack_bytes = 0;
-  void* fake_stack = nullptr;  // AddressSanitizer's
-  void* identity = nullptr;    // ThreadSanitizer's
+  void* fake_stack = nullptr;    // AddressSanitizer's
+  void* own_identity = nullptr;  // ThreadSanitizer's, once somebody runs as this fibre
+  void* identity = nullptr;      // as whom it runs
 };
 
 Fibre make_fibre();
@@ -21,9 +22,10 @@ void prepare(Fibre& fibre, void (*entry)(), size_t offset);
 /// Makes `fibre` stand for the stack of the calling OS thread.
 void adopt_thread(Fibre& fibre);
 
-/// What reports call the fibre from now on.
-void set_name(Fibre& fibre, const char* name);
-bool shows_names();
+/// Whether ThreadSanitizer is there.
+bool has_identities();
+/// To ThreadSanitizer `fibre` is `whom` from now on, and `name` what its reports call that.
+void run_as(Fibre& fibre, Fibre& whom, const char* name);
 /// Called when a sanitizer is about to end the process.
 void on_death(void (*tell)());
 

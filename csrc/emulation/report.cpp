@@ -49,9 +49,8 @@ class Ranges {
 
 }  // namespace
 
-std::string name_of(const ThreadView& thread) {
-  return "block " + coordinates(thread.block_index) + " thread " + coordinates(thread.index);
-}
+std::string name_of_block(const ThreadView& thread) { return "block " + coordinates(thread.block_index); }
+std::string name_of(const ThreadView& thread) { return name_of_block(thread) + " thread " + coordinates(thread.index); }
 
 std::string describe(const Failure& failure) {
   const Thread& thread = *failure.thread;

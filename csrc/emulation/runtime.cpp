@@ -14,6 +14,8 @@ unsigned take_device_errors(int) { return __atomic_exchange_n(&error_word, 0u, _
 // Called through ctypes: the bindings stay those of the shipped module.
 extern "C" __attribute__((visibility("default"))) void moeyard_emulation_set_options(unsigned seed, unsigned poison,
                                                                                      unsigned resident_blocks,
-                                                                                     int strict_exit) {
-  moeyard::emulation::options = {seed, static_cast<unsigned char>(poison), resident_blocks, strict_exit != 0};
+                                                                                     int strict_exit,
+                                                                                     unsigned identities) {
+  moeyard::emulation::options = {seed, static_cast<unsigned char>(poison), resident_blocks, strict_exit != 0,
+                                 identities};
 }

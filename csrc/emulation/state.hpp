@@ -103,5 +103,6 @@ void leave(Thread* thread);
 // ---- report.cpp ----
 std::string describe(const Failure& failure);
 std::string name_of(const ThreadView& thread);
+std::string name_of_block(const ThreadView& thread);
 
 }  // namespace moeyard::emulation

@@ -1,6 +1,6 @@
 // Small kernels, right and wrong, for tests/native/test_emulation.py: `emulation_kernels CASE [SEED [POISON [RESIDENT
-// [STRICT]]]]` prints what the case computes, or the error; the case `right` is all the right ones. Those also compile
-// for a GPU, and must print the same there.
+// [STRICT [IDENTITIES]]]]]` prints what the case computes, or the error; the case `right` is all the right ones. Those
+// also compile for a GPU, and must print the same there.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -418,8 +418,8 @@ const std::map<std::string, std::function<void()>> wrong_cases = {
 }  // namespace
 
 #ifndef __CUDACC__
-extern "C" void moeyard_emulation_set_options(unsigned seed, unsigned poison, unsigned resident_blocks,
-                                              int strict_exit);
+extern "C" void moeyard_emulation_set_options(unsigned seed, unsigned poison, unsigned resident_blocks, int strict_exit,
+                                              unsigned identities);
 #endif
 
 int main(int count, char** arguments) {
@@ -428,7 +428,8 @@ int main(int count, char** arguments) {
 #ifndef __CUDACC__
   cases.insert(wrong_cases.begin(), wrong_cases.end());
   const auto number = [&](int i, int otherwise) { return count > i ? std::atoi(arguments[i]) : otherwise; };
-  moeyard_emulation_set_options(unsigned(number(2, 0)), unsigned(number(3, 255)), unsigned(number(4, 0)), number(5, 1));
+  moeyard_emulation_set_options(unsigned(number(2, 0)), unsigned(number(3, 255)), unsigned(number(4, 0)), number(5, 1),
+                                unsigned(number(6, 0)));
 #endif
   cases["right"] = [] {
     for (const auto& [title, run] : right_cases) {

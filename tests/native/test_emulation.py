@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from emulation import build, compiler, fixed_addresses
+from emulation import IDENTITIES, build, built_as, compiler, fixed_addresses
 
 pytestmark = pytest.mark.timeout(300)
 SEEDS = range(22)
@@ -24,6 +24,7 @@ LANES = range(32)
 
 @cache
 def program(flavour: str) -> list[str]:
+    flavour = built_as(flavour)
     command = []
     if flavour in SANITIZERS:
         probe = [compiler(), SANITIZERS[flavour], "-x", "c++", "-", "-o", os.devnull]
@@ -161,9 +162,10 @@ def test_right_kernels_give_the_same_in_every_order(seed: int) -> None:
 
 @pytest.mark.parametrize("resident_blocks", [1, 3])
 @pytest.mark.parametrize("seed", [0, 1, 4, 5])
-@pytest.mark.parametrize("flavour", ["preempt", "address", "thread"])
+@pytest.mark.parametrize("flavour", ["preempt", "address", "thread", *IDENTITIES])
 def test_and_nothing_is_found_in_them(flavour: str, seed: int, resident_blocks: int) -> None:
-    assert computed("right", seed, 0xFF, resident_blocks, flavour=flavour) == EXPECTED
+    identities = IDENTITIES.get(flavour, 0)
+    assert computed("right", seed, 0xFF, resident_blocks, 1, identities, flavour=flavour) == EXPECTED
 
 
 @pytest.mark.parametrize("seed", [0, 4])
@@ -266,11 +268,21 @@ def test_lost_updates_show_where_accesses_are_preempted() -> None:
 def test_races_inside_a_block(case: str, resident_blocks: int) -> None:
     """In the forward order, where the result may well be right."""
     assert_race(run("thread", case, 0, 255, resident_blocks), case)
+    assert run("thread", case, 0, 255, resident_blocks, 1, 1).returncode == 0  # a block is one thread
 
 
 def test_races_between_blocks() -> None:
     assert_race(run("thread", "plain_add_between_blocks", 0, 255, 2), "plain_add_between_blocks")
     assert run("thread", "plain_add_between_blocks", 0, 255, 1).returncode == 0
+
+
+@pytest.mark.parametrize(("case", "identities"), [("plain_add_between_blocks", 1), ("missing_barrier", 20)])
+def test_races_of_threads_that_share_an_identity(case: str, identities: int) -> None:
+    done = run("thread", case, 0, 255, 0, 1, identities)
+    assert done.returncode != 0
+    assert "ThreadSanitizer: data race" in done.stderr, done.stderr
+    assert len(set(re.findall(r"Thread T\d+ '(block \(\d,0,0\))'", done.stderr))) == (2 if identities == 1 else 1)
+    assert re.search(r"^in block \(\d,0,0\) thread \(\d+,0,0\) of a kernel$", done.stderr, re.M)
 
 
 def assert_race(done: subprocess.CompletedProcess[str], kernel: str) -> None:

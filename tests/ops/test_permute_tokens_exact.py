@@ -130,9 +130,11 @@ def test_copies_in_either_order(k: int, dtype: torch.dtype) -> None:
         assert torch.equal(moeyard.permute_tokens(x, plan), spread(x, plan))
 
 
-STREAMED = 32 << 20  # larger outputs go past the caches
+STREAMED = 32 << 20  # larger outputs go past the caches of the CPU: to the emulation, the same lines once more
+past_the_caches = pytest.mark.engines("cpu", "cuda")
 
 
+@past_the_caches
 @pytest.mark.parametrize("row_bytes", [508, 512, 516, 1021, 4096])
 @pytest.mark.parametrize("k", [2, 5])
 def test_copies_past_the_caches(row_bytes: int, k: int) -> None:
@@ -144,6 +146,7 @@ def test_copies_past_the_caches(row_bytes: int, k: int) -> None:
             assert torch.equal(moeyard.permute_tokens(shifted, plan), spread(x, plan))
 
 
+@past_the_caches
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
 @pytest.mark.parametrize("features", [300, 1100])
 def test_weighted_rows_past_the_caches(dtype: torch.dtype, features: int) -> None:
@@ -234,8 +237,12 @@ def assert_plan(ids: Tensor, experts: int, capacity: int | None, align: int, wei
     assert int(got.dropped) == int(dropped)
 
 
+def large(*values: int) -> list[Any]:
+    return [pytest.param(value, marks=pytest.mark.large) for value in values]
+
+
 # A strip has 2^13 slots, or 4 E, or a 256th of all; a task has four strips and takes eight slots at a time.
-@pytest.mark.parametrize("slots", [1, 7, 8, 9, 8193, 24_576, 24_577, 32_768, 32_769, 57_345, 140_001])
+@pytest.mark.parametrize("slots", [1, 7, 8, 9, *large(8193, 24_576, 24_577, 32_768, 32_769, 57_345, 140_001)])
 @pytest.mark.parametrize("experts", [1, 16, 17, 64])
 @pytest.mark.parametrize("unrouted", [False, True])
 def test_plans_of_any_number_of_strips(slots: int, experts: int, unrouted: bool) -> None:
@@ -248,6 +255,7 @@ def test_plans_of_any_number_of_strips(slots: int, experts: int, unrouted: bool)
     assert_plan(ids, experts, slots, 4, weights)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize(("slots", "experts"), [(40, 8192), (9000, 3000), (60_000, 3000), (2_200_000, 5)])
 def test_plans_of_few_and_of_many_slots_per_expert(slots: int, experts: int) -> None:
     ids = torch.randint(-1, experts, (slots // 2, 2), generator=generator(0), dtype=torch.int32)
@@ -255,6 +263,7 @@ def test_plans_of_few_and_of_many_slots_per_expert(slots: int, experts: int) -> 
     assert_plan(ids, experts, slots // experts + 1, 1)
 
 
+@pytest.mark.large
 def test_plans_of_skewed_routing() -> None:
     ids = torch.zeros(50_000, 2, dtype=torch.int32)
     ids[::1000, 1] = 3

@@ -144,6 +144,7 @@ def test_equals_the_reference(case: Any, by_weight: bool, random: Any) -> None:
     assert int(got.counts.sum() + got.dropped) == int((experts >= 0).sum())
 
 
+@pytest.mark.large
 def test_many_experts_and_slots() -> None:
     experts = torch.randint(-1, 5000, (70_000, 3), generator=torch.Generator().manual_seed(0))
     got = moeyard.plan_permutation(experts, 5000, align=4)
@@ -216,7 +217,7 @@ def test_ids_out_of_range_are_named(ids: list[list[int]], _: Any, message: str) 
 
 @pytest.mark.engines("emulated", "cuda")
 @pytest.mark.parametrize(("ids", "clean", "_"), BAD_IDS)
-@pytest.mark.parametrize("num_experts", [4, 2000])
+@pytest.mark.parametrize("num_experts", [4, pytest.param(2000, marks=pytest.mark.large)])
 @pytest.mark.parametrize("by_weight", [False, True])
 def test_ids_out_of_range_count_as_none(
     ids: list[list[int]], clean: list[list[int]], _: Any, num_experts: int, by_weight: bool

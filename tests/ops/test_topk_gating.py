@@ -308,6 +308,7 @@ def test_the_largest_number_of_experts(k: int) -> None:
     torch.testing.assert_close(out.weights, x.float().softmax(1).gather(1, expected))
 
 
+@pytest.mark.large
 def test_float32_sums_over_many_rows() -> None:
     x = torch.full((200_000, 2), 0.1)
     out = moeyard.topk_gating(x, 1, score="sigmoid")

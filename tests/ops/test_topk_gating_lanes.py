@@ -43,6 +43,7 @@ SIZES = [
     (3, 1024, 8),
     (3, 1025, 8),
 ]
+MARKED = [pytest.param(T, E, k, marks=[pytest.mark.large] * (T * E > 2000)) for T, E, k in SIZES]
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -77,7 +78,7 @@ def gradient(out: moeyard.Gating, x: Tensor, seed: int) -> Tensor:
     return torch.autograd.grad(used, x, upstream)[0]
 
 
-@pytest.mark.parametrize(("T", "E", "k"), SIZES)
+@pytest.mark.parametrize(("T", "E", "k"), MARKED)
 def test_reference_at_every_boundary(T: int, E: int, k: int) -> None:
     for seed in range(6):
         x, options = case(T, E, k, seed)
@@ -90,7 +91,7 @@ def test_reference_at_every_boundary(T: int, E: int, k: int) -> None:
                 torch.testing.assert_close(a, b, rtol=3e-5, atol=3e-5)
 
 
-@pytest.mark.parametrize(("T", "E", "k"), SIZES)
+@pytest.mark.parametrize(("T", "E", "k"), MARKED)
 def test_blocks_and_single_rows_give_the_same_bits(T: int, E: int, k: int) -> None:
     """Forced ids, none of which forces anything, send every row down the path of single rows."""
     for seed in range(100, 108):
@@ -141,7 +142,7 @@ def test_the_lowest_number_is_above_minus_infinity(dtype: torch.dtype) -> None:
     assert torch.equal(moeyard.topk_gating(x, 3).experts, want)
 
 
-@pytest.mark.parametrize(("T", "E", "k"), [size for size in SIZES if size[0] >= 16])
+@pytest.mark.parametrize(("T", "E", "k"), [size for size in MARKED if size.values[0] >= 16])
 def test_a_nan_changes_no_other_row(T: int, E: int, k: int) -> None:
     """A block with a NaN, or with too few candidates, is left to the path of single rows, backward too."""
     for seed in range(200, 206):
