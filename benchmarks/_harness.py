@@ -177,7 +177,7 @@ class Suite:
 
     def __init__(self, *, quick: bool = False, rounds: int | None = None, echo: bool = True) -> None:
         self.quick = quick
-        self.rounds = rounds or (4 if quick else 7)
+        self.rounds = rounds or (3 if quick else 7)
         self.rows: list[dict[str, Any]] = []
         self.echo = echo
         self.runner: Runner = plain_runner

@@ -57,7 +57,7 @@ def fill(packing: moeyard.Packing) -> float:
 
 
 def sample_count(suite: Suite) -> int:
-    return suite.size(10_000_000, 1_000_000)
+    return suite.size(10_000_000, 300_000)
 
 
 def sized(samples: int) -> str:

@@ -36,6 +36,11 @@ def examples(n: int) -> int:
     return max(1, round(n * _SHARE))
 
 
+def large(*values: Any) -> list[Any]:
+    """Values of a parameter that are left out where threads and barriers cost most: see the marker `large`."""
+    return [pytest.param(value, marks=pytest.mark.large) for value in values]
+
+
 def has_gpu() -> bool:
     return torch.cuda.is_available() and _native.cuda_built
 

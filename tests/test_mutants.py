@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import pytest
 
-from emulation import ROOT, build, built_as, under_sanitizer
+from emulation import ROOT, build, built_as, only_process, under_sanitizer
 
 pytestmark = pytest.mark.slow
 
@@ -130,9 +130,8 @@ MUTANTS = {
 }  # fmt: skip
 
 
-def copy_of_the_sources(flavour: str) -> Path:
+def copy_of_the_sources(copy: Path) -> None:
     """With its own build folder, which is kept, so that another mutant compiles one file."""
-    copy = ROOT / "build" / f"mutants-{built_as(flavour)}"
     copy.mkdir(parents=True, exist_ok=True)
     for name in ("CMakeLists.txt", "pyproject.toml"):
         mirror(ROOT / name, copy / name)
@@ -140,7 +139,6 @@ def copy_of_the_sources(flavour: str) -> Path:
         for path in sorted((ROOT / folder).rglob("*")):
             if path.is_file():
                 mirror(path, copy / path.relative_to(ROOT))
-    return copy
 
 
 def mirror(source: Path, copy: Path) -> None:
@@ -154,7 +152,16 @@ def mirror(source: Path, copy: Path) -> None:
 @pytest.mark.timeout(1200)
 def test_a_mutant_fails(name: str) -> None:
     mutant = MUTANTS[name]
-    copy = copy_of_the_sources(mutant.flavour)
+    room = ROOT / "build" / f"mutants-{built_as(mutant.flavour)}"
+    with only_process(room.with_suffix(".lock")):
+        done = tested(mutant, room)
+    output = done.stdout + done.stderr
+    assert done.returncode != 0, output
+    assert re.search(mutant.symptom, output), output
+
+
+def tested(mutant: Mutant, copy: Path) -> subprocess.CompletedProcess[str]:
+    copy_of_the_sources(copy)
     file = copy / "csrc" / mutant.file
     text = file.read_text()
     assert text.count(mutant.right) == 1
@@ -162,9 +169,7 @@ def test_a_mutant_fails(name: str) -> None:
     build(mutant.flavour, root=copy)
     done = run_tests(mutant, copy)
     mirror(ROOT / "csrc" / mutant.file, file)
-    output = done.stdout + done.stderr
-    assert done.returncode != 0, output
-    assert re.search(mutant.symptom, output), output
+    return done
 
 
 def run_tests(mutant: Mutant, copy: Path) -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import moeyard
-from engines import engine
+from engines import engine, large
 from ops.levels import assert_same_on_all_levels
 
 pytestmark = pytest.mark.usefixtures("engine")
@@ -235,10 +235,6 @@ def assert_plan(ids: Tensor, experts: int, capacity: int | None, align: int, wei
     assert torch.equal(got.counts.long(), counts)
     assert torch.equal(got.offsets.long(), offsets)
     assert int(got.dropped) == int(dropped)
-
-
-def large(*values: int) -> list[Any]:
-    return [pytest.param(value, marks=pytest.mark.large) for value in values]
 
 
 # A strip has 2^13 slots, or 4 E, or a 256th of all; a task has four strips and takes eight slots at a time.

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import moeyard
-from engines import place
+from engines import large, place
 from moeyard.ops._permute_tokens_reference import plan_permutation_reference
 from moeyard.ops.plan_permutation import plan_rows
 from ops.compare import assert_equal
@@ -217,7 +217,7 @@ def test_ids_out_of_range_are_named(ids: list[list[int]], _: Any, message: str) 
 
 @pytest.mark.engines("emulated", "cuda")
 @pytest.mark.parametrize(("ids", "clean", "_"), BAD_IDS)
-@pytest.mark.parametrize("num_experts", [4, pytest.param(2000, marks=pytest.mark.large)])
+@pytest.mark.parametrize("num_experts", [4, *large(2000)])
 @pytest.mark.parametrize("by_weight", [False, True])
 def test_ids_out_of_range_count_as_none(
     ids: list[list[int]], clean: list[list[int]], _: Any, num_experts: int, by_weight: bool

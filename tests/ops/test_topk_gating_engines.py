@@ -15,7 +15,7 @@ from torch import Tensor
 
 import moeyard
 from emulation import emulated
-from engines import SCHEDULES, engine, examples, place
+from engines import SCHEDULES, engine, examples, large, place
 from ops.compare import assert_equal
 from ops.test_topk_gating_oracles import DTYPES, FLOATS, INF, NAN, SCORES, random_mask_and_forced
 
@@ -126,7 +126,7 @@ def test_every_schedule(E: int, k: int | str) -> None:
 
 @pytest.mark.parametrize("name", ["emulated", "cuda"])
 @pytest.mark.parametrize("E", [5, 1025])
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.large) for seed in range(1, len(SCORES)))])
+@pytest.mark.parametrize("seed", [0, *large(*range(1, len(SCORES)))])
 def test_rows_that_follow_each_other_in_a_block(seed: int, E: int, name: str) -> None:
     """More rows than all blocks take at once; what one leaves in shared memory must not reach the next."""
     T = 9000 if E == 5 else 270

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import grad as gradient
 
 import moeyard
-from engines import examples
+from engines import examples, large
 from moeyard.ops._topk_gating_reference import topk_gating_reference
 
 pytestmark = pytest.mark.usefixtures("engine")
@@ -73,7 +73,7 @@ def loss(out: moeyard.Gating) -> Tensor:
     return total
 
 
-@pytest.mark.parametrize("block", range(8))
+@pytest.mark.parametrize("block", [0, 1, *large(*range(2, 8))])
 def test_reference(block: int) -> None:
     """Ids and counts exactly, values and gradients to rounding."""
     for seed in range(block * 100, block * 100 + 100):
@@ -181,7 +181,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("renormalize", [False, *large(True)])
 @pytest.mark.parametrize("score", SCORES)
 def test_gradcheck(score: str, renormalize: bool, variant: str) -> None:
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * 2
