@@ -12,9 +12,9 @@ NATIVE_SOURCES = $$(git ls-files 'csrc/*.cpp' 'csrc/*.hpp' 'csrc/*.cu' 'csrc/*.c
 help:
 	@echo "make demo       train a small MoE structure encoder on embedded molecules (about 2 minutes)"
 	@echo "make test       the test suite (up to 15 minutes)"
-	@echo "make test-full  also the slow kinds, such as mutants of the CUDA kernels"
+	@echo "make test-full  also the slow kinds: mutants of the CUDA kernels, 10,000 cases of each op"
 	@echo "make test-simd  the op tests on the SIMD levels below this machine's best (make test runs the best)"
-	@echo "make test-cuda  the CUDA kernels on this CPU: 12,000 cases beside the CPU's, then sanitizers"
+	@echo "make test-cuda  the CUDA kernels on this CPU: 13,000 cases beside the CPU's, then sanitizers"
 	@echo "make sanitize   op tests and 100,000 hostile calls under AddressSanitizer and UBSan; ThreadSanitizer (Linux, gcc)"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make bench      every op and the MoE layer beside peers, into benchmarks/results and the README (20 to 35 minutes)"
@@ -29,17 +29,24 @@ demo: $(VENV)/demo.stamp
 # torch's OpenMP threads sleep instead of spinning: half as fast alone, ten times faster on a busy machine.
 test test-full test-simd test-cuda: export OMP_WAIT_POLICY ?= PASSIVE
 
+# The CUDA kernels beside the CPU's, in random cases: MOEYARD_EXAMPLES times as many as the test suite has.
+CASES := $(BIN)/python -m pytest -m "not slow" -k "agree or any_call" -n 2 --dist worksteal
+GATING := $(foreach op,topk_gating permute_tokens,tests/ops/test_$(op)_engines.py)
+STRUCTURES := $(foreach op,radius_graph pack_batches gather_segments,tests/ops/test_$(op)_engines.py)
+
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest tests -m "not slow" -n 2
 
 test-full: test
 	$(BIN)/python -m pytest tests -m slow
+	MOEYARD_EXAMPLES=84 $(CASES) $(STRUCTURES) --timeout 7200
 
 test-simd: $(VENV)/test.stamp
 	bash .ci/on-each-simd-level $(BIN)/python --below-best $(BIN)/python -m pytest tests/ops -m "not slow" -k "not emulated" -n 2
 
 test-cuda: $(VENV)/test.stamp
-	MOEYARD_EXAMPLES=10 $(BIN)/python -m pytest tests/ops/test_*_engines.py -k "agree or any_call" -n 2 --dist worksteal --timeout 1200
+	MOEYARD_EXAMPLES=10 $(CASES) $(GATING) --timeout 1200
+	MOEYARD_EXAMPLES=3 $(CASES) $(STRUCTURES)
 	bash .ci/sanitize $(abspath $(BIN)/python) emulation
 
 sanitize: $(VENV)/test.stamp

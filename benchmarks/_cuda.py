@@ -2,7 +2,8 @@
 
 A side is timed as the difference of two CUDA graphs: one clears the L2 cache and calls the side, several times over,
 the other only clears the cache. So every call starts cold, and neither Python nor the launch of a graph is in the
-figure. What cannot be captured, because it synchronises, is timed call by call between two events; its note says so.
+figure. What cannot be captured, because it synchronises, is timed call by call between two events, host work included;
+its note says so.
 """
 
 from __future__ import annotations
@@ -20,6 +21,13 @@ REPEATS = 20  # calls in one graph
 WARM_UPS = 3
 
 
+class EventTimes(Times):
+    """Of a side that no CUDA graph can hold."""
+
+    def text(self) -> str:
+        return f"{super().text()} by events, host work included"
+
+
 class CudaSuite(Suite):
     """Collects rows on `device`. On the CPU it runs every side once, to see that it works, and keeps no figure."""
 
@@ -28,7 +36,6 @@ class CudaSuite(Suite):
         self.device = device
         self.measures = device.type == "cuda"
         self.copy_rate: float | None = None  # bytes per second, of a large copy
-        self.uncaptured: set[str] = set()
         if self.measures:
             cache = torch.cuda.get_device_properties(device).L2_cache_size
             self.scratch = torch.empty(2 * cache, dtype=torch.uint8, device=device)
@@ -46,8 +53,6 @@ class CudaSuite(Suite):
         if not self.measures:
             kept = [part for part in rest.get("note", "").split("; ") if "(once)" not in part]
             ours, rest = None, {**rest, "peer": None, "ratio": None, "note": "; ".join(kept)}
-        elif rest.get("peer_name") in self.uncaptured:
-            rest["note"] = "; ".join(filter(None, [rest.get("note", ""), "the peer synchronises: timed by events"]))
         super().record(row, ours, unit, **rest)
 
     def share_of_copy(self, row: str, moved: int, times: Times, target: str | None) -> None:
@@ -80,8 +85,7 @@ class CudaSuite(Suite):
         empty = self._capture(lambda _: None, inputs)
         assert empty is not None
         graphs = {name: self._capture(call, inputs) for name, call in sides.items()}
-        self.uncaptured |= {name for name, graph in graphs.items() if graph is None}
-        times = {name: Times() for name in sides}
+        times = {name: EventTimes() if graph is None else Times() for name, graph in graphs.items()}
         for i in range(rounds):
             for name, call in sides.items():
                 graph = graphs[name]

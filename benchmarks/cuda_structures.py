@@ -1,6 +1,7 @@
 """The ops of structures on a GPU: neighbour search, packing, collation. Run by cuda_ops.py.
 
-Graphs of fixed capacity wait for nothing and are captured; a graph whose size is to be found is timed call by call.
+Graphs of fixed capacity wait for nothing and are captured; a graph whose size is to be found is timed call by call, and
+so is packing, which has to learn the number of batches.
 """
 
 from __future__ import annotations
@@ -126,7 +127,8 @@ def bench_pack_batches(suite: CudaSuite) -> None:
         sizes, order = case
         return moeyard.pack_batches(sizes, budget, order=order)
 
-    suite.compare(f"pack_batches, {full:,} sizes in random order", make, pack, [], limit="<= 2 ms")
+    row = f"pack_batches, {full:,} sizes in random order"
+    suite.compare(row, make, pack, [], limit="<= 2 ms", note="waits for the device, for the number of batches")
 
 
 GATHERS: dict[str, tuple[str, Callable[..., Points], int, int, int]] = {

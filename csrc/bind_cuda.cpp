@@ -21,7 +21,7 @@ using namespace moeyard::binding;
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of moeyard on raw addresses; use moeyard.ops instead.";
   m.attr("runtime_version") = MOEYARD_CUDART_VERSION;
-  m.attr("architectures") = MOEYARD_CUDA_ARCHS;  // as "80,90"
+  m.attr("architectures") = MOEYARD_CUDA_ARCHS;  // as CMake has them: "80-real,90"
   m.def(
       "device_errors", [](int device) { return reinterpret_cast<Address>(moeyard::cuda::device_errors(device)); },
       "device"_a, NoGil());

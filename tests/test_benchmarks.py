@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -245,18 +246,43 @@ class TestFiles:
         assert data.make_molecules(1).pos.shape == (17_784, 3)
         assert not torch.equal(data.make_protein(1).pos, data.make_protein(2).pos)
 
-    def test_gpu_rows_run_without_a_gpu_and_keep_no_figure(self, tmp_path: Path) -> None:
-        script = [sys.executable, str(BENCHMARKS / "cuda_ops.py"), "--out", str(tmp_path), "-k", "plan"]
+    @pytest.mark.parametrize(
+        ("part", "name", "note"),
+        [
+            ("plan", "permutation plan, 131,072 assignments, E=256: launches", ""),
+            ("pack", "pack_batches, 10,000,000 sizes in random order", "waits for the device"),
+        ],
+    )
+    def test_gpu_rows_run_without_a_gpu_and_keep_no_figure(
+        self, tmp_path: Path, part: str, name: str, note: str
+    ) -> None:
+        script = [sys.executable, str(BENCHMARKS / "cuda_ops.py"), "--out", str(tmp_path), "-k", part]
         env = {**environment(), "CUDA_VISIBLE_DEVICES": ""}
         subprocess.run(script, cwd=tmp_path, env=env, timeout=100, check=True)
         document = json.loads((tmp_path / "cuda_ops.json").read_text())
         assert document["machine"] == "No GPU"
-        assert {"permutation plan, 131,072 assignments, E=256: launches"} < {row["row"] for row in document["rows"]}
+        (found,) = (row for row in document["rows"] if row["row"] == name)
+        assert note in found["note"]
         for row in document["rows"]:
             assert set(row) == FIELDS
             assert row["ours"] is row["peer"] is row["ratio"] is row["holds"] is None
             assert "(once)" not in row["note"]
         assert "not measured" in (tmp_path / "cuda_ops.md").read_text()
+
+    def test_a_row_on_a_gpu_says_which_side_no_graph_could_hold(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        cuda = load("_cuda")
+        suite = cuda.CudaSuite(torch.device("cpu"), rounds=2)
+        graph = SimpleNamespace(replay=None)
+        waits = harness.Peer("waits", lambda x: x.sum(), equal)
+        suite.measures, suite.echo = True, False
+        monkeypatch.setattr(suite, "_synchronize", lambda: None)
+        monkeypatch.setattr(suite, "_capture", lambda call, inputs: None if call is waits.call else graph)
+        monkeypatch.setattr(suite, "_one_cold_call", lambda call, inputs: 2e-3)
+        monkeypatch.setattr(suite, "_seconds", lambda work: 1e-3)
+        ours, by_events = "2 rounds, 1 ns to 1 ns", "2 ms to 2 ms by events, host work included"
+        suite.compare("a sum", numbers, lambda x: x.sum(), [waits])
+        suite.compare("another", numbers, waits.call, [], limit="<= 3 ms")
+        assert [row["note"] for row in suite.rows] == [f"{ours}; peer {by_events}", f"2 rounds, {by_events}"]
 
     @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc/self/clear_refs")
     def test_peak_memory_sees_what_is_freed_again(self, tmp_path: Path) -> None:

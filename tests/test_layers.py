@@ -19,7 +19,7 @@ MAY_SEE: dict[str, set[str]] = {
     "nn": {"ops"},
     "data": {"ops"},
     "models": {"ops", "nn", "data"},
-    "train": {"ops", "nn", "data", "models"},
+    "train": {"ops", "nn", "data", "models", "doctor"},
     "integrations": {"ops", "nn"},
     "doctor": {"_native", "ops"},
     "cli": {"ops", "nn", "data", "models", "train", "doctor"},
@@ -69,7 +69,7 @@ def test_imports_point_down(room: str, path: Path) -> None:
 
 
 def test_the_law_itself_has_no_cycle() -> None:
-    order = ["_native", "ops", "nn", "data", "models", "train", "doctor", "cli"]
+    order = ["_native", "ops", "nn", "data", "models", "doctor", "train", "cli"]
     for i, room in enumerate(order):
         assert MAY_SEE[room] <= set(order[:i])
     assert "data" not in MAY_SEE["nn"]

@@ -35,7 +35,8 @@ PACK, RANKS, GATHER = (
     f"pack_batches/{name}" for name in ("pack_batches_cuda.cu", "segment_ranks.cuh", "gather_segments_cuda.cu")
 )
 NEIGHBOURS = "test_radius_graph_engines.py -k agree"
-NEAREST = "test_radius_graph_engines.py -k knn"
+NEAREST = "test_radius_graph_engines.py -k ties"
+ROOM = "test_radius_graph_engines.py -k capacity"
 EPOCHS = "test_pack_batches_engines.py -k agree"
 BATCHES = "test_gather_segments_engines.py -k agree"
 
@@ -109,23 +110,23 @@ MUTANTS = {
     "cells that are too narrow": Mutant(CELLS, "* (1 + 1e-5))", "* (1 - 1e-2))", NEIGHBOURS, DIFFERENT),
     "a window of two buckets": Mutant(CELLS, "start[min(from + 3,", "start[min(from + 2,", NEIGHBOURS, DIFFERENT),
     "rows read before all are there": Mutant(
-        EDGE_ROWS, "  __syncwarp();\n  for (int lane", "  for (int lane", NEIGHBOURS, "data race", "thread"
+        EDGE_ROWS, "  __syncwarp();\n  for (int lane", "  for (int lane", NEIGHBOURS, "data race", "folded"
     ),
     "removed __syncwarp between steps of a sort": Mutant(
-        LISTS, "stride /= 2) {\n      __syncwarp();", "stride /= 2) {", NEIGHBOURS, "data race", "thread"
+        LISTS, "stride /= 2) {\n      __syncwarp();", "stride /= 2) {", NEIGHBOURS, "data race", "folded"
     ),
     "edges beyond the capacity": Mutant(
-        EDGES, "  n = min(n, out.capacity - first);\n", "", NEIGHBOURS, "heap-buffer-overflow", "address"
+        EDGES, "  n = min(n, out.capacity - first);\n", "", ROOM, "heap-buffer-overflow", "address"
     ),
     "rows beyond the capacity": Mutant(
-        EDGE_ROWS, "int(min(found, room))", "int(found)", NEIGHBOURS, "heap-buffer-overflow", "address"
+        EDGE_ROWS, "int(min(found, room))", "int(found)", ROOM, "heap-buffer-overflow", "address"
     ),
     "a strip counted twice": Mutant(SCAN, "s < int(blockIdx.x);", "s <= int(blockIdx.x);", BATCHES, DIFFERENT),
     "an unwritten end of jumps": Mutant(PACK, "if (c > packed) return;", "if (c >= packed) return;", EPOCHS, DIFFERENT),
     "the first of a segment by chance": Mutant(RANKS, "      atomicMin(slot + s, p);\n", "", EPOCHS, DIFFERENT),
     "rows of the segment past the last": Mutant(
         GATHER, "source[r] = m < chosen.starts.segments ? ", "source[r] = m <= chosen.starts.segments ? ", BATCHES,
-        f"heap-buffer-overflow|{DIFFERENT}", "address",
+        "heap-buffer-overflow|heap-use-after-free", "address",
     ),
 }  # fmt: skip
 

@@ -29,7 +29,7 @@ struct SortShape {
     const int64_t tiles = std::max<int64_t>(1, (items + kSortTile - 1) / kSortTile);
     length = (tiles + kMostStrips - 1) / kMostStrips * kSortTile;
     strips = int((tiles * kSortTile + length - 1) / length);
-    while (last_key >> digits * kDigitBits) ++digits;
+    while (digits * kDigitBits < 63 && last_key >> digits * kDigitBits) ++digits;
   }
   int bins(int digit) const { return int(std::min<int64_t>((last_key >> digit * kDigitBits) + 1, kMostBins)); }
 };

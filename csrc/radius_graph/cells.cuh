@@ -15,8 +15,9 @@ namespace moeyard::cuda {
 namespace {
 
 constexpr int kFewestBucketBits = 7, kMostBucketBits = 26;
-// On either side of the origin; all beyond is one cell. Up to here a coordinate in cells is right to 4e-6.
-constexpr double kMostCells = double(int64_t(1) << 35);
+// On either side of the origin. As many again beyond, far wider, reach to where double numbers end to tell cells apart;
+// the last holds all that is left. So a coordinate in cells is right to 2e-6 everywhere.
+constexpr double kFineCells = double(int64_t(1) << 33), kFarCellsPerFine = 1.0 / (1 << 18);
 // Of the whole circle of buckets, the turn from a row of cells to the next along y and along z: the R2 sequence, whose
 // points keep far apart (M. Roberts, "The Unreasonable Effectiveness of Quasirandom Sequences", 2018).
 constexpr uint32_t kTurnY = 0xc13fa9a9u, kTurnZ = 0x91e10da5u;
@@ -67,8 +68,10 @@ struct Cells {
 
   /// Modulo 2^32, as buckets go round. Any number does for NaN, which has no edges.
   __device__ uint32_t cell(T x) const {
-    return uint32_t(int64_t(floor(fmin(fmax(double(x) * per_length, -kMostCells), kMostCells))));
+    const double fine = double(x) * per_length, near = within_fine(fine), far = (fine - near) * kFarCellsPerFine;
+    return uint32_t(int64_t(floor(near + within_fine(far))));
   }
+  static __device__ double within_fine(double x) { return fmin(fmax(x, -kFineCells), kFineCells); }
   __device__ unsigned bucket(const Range& graph, const T (&at)[3], int dy, int dz) const {
     const uint32_t turn = (cell(at[1]) + uint32_t(dy)) * kTurnY + (cell(at[2]) + uint32_t(dz)) * kTurnZ +
                           uint32_t(graph.begin) * kTurnOfGraph;

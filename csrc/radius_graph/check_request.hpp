@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "common/check.hpp"
+#include "radius_graph/lattice_math.hpp"
 #include "radius_graph/radius_graph.hpp"
 
 namespace moeyard {
@@ -24,6 +25,8 @@ void check_request(const PointSet& points, const PointSet& centres, const Period
   if (options.k < 1 && !(std::isfinite(r2) && r > 0 && r2 > 0))
     fail_value("r: expected a finite distance > 0 whose square is positive and finite in the dtype of ",
                point_names(two_sets).xyz, ", got ", options.r);
+  if (periodic.cell && double(options.k) > kMaxImages)
+    fail_value("k: expected at most 2^27 with a cell, got ", options.k);
   for (const PointSet* set : {&points, two_sets ? &centres : &points}) {
     if (periodic.num_cells >= 0 && set->ptr && set->num_graphs != periodic.num_cells)
       fail_value("cell: expected one cell per graph (", set->num_graphs, "), got ", periodic.num_cells);

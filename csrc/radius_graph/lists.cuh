@@ -67,6 +67,12 @@ struct NearestList {
 
   __device__ bool after(int64_t a, int64_t b) const { return d2[a] > d2[b] || (d2[a] == d2[b] && key[a] > key[b]); }
 
+  /// Empties it, when no lane reads it any more.
+  __device__ void clear() {
+    __syncwarp();
+    n = 0, full = false;
+  }
+
   /// Leaves the k nearest, sorted.
   __device__ void tidy() {
     sort_list(

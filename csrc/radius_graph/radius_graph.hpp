@@ -115,11 +115,11 @@ void radius_graph_double_backward(DType dtype, const RadiusEdges& edges, int64_t
 namespace cuda {
 
 /// Bytes of the workspace, aligned to 16, that a search fills and the fill after it reads. They depend on sizes alone.
+/// Throws like the CPU for what needs no look at values.
 int64_t radius_graph_workspace(DType dtype, const PointSet& points, const PointSet& centres,
                                const Periodicity& periodic, const RadiusOptions& options);
 
-/// Writes num_neighbors, truncated and num_edges of `out`, and nothing else of it. Throws like the CPU for what needs
-/// no look at values.
+/// Writes num_neighbors, truncated and num_edges of `out`, and nothing else of it.
 void radius_graph_search(DType dtype, const PointSet& points, const PointSet& centres, const Periodicity& periodic,
                          const RadiusOptions& options, const RadiusOutputs& out, void* workspace, unsigned* errors,
                          int device, void* stream);

@@ -56,7 +56,8 @@ struct ListedEdges {
   __device__ int64_t node(int64_t i) const { return sorted.keys(sorted.list[i]); }
 };
 
-/// The i-th edge of a list in the order of nodes writes the starts of all nodes from that of the edge before on.
+/// The i-th edge of a list in the order of nodes writes the starts of all nodes from that of the edge before on. Of
+/// edges in no order several write the same start: any will do, as they are no graph.
 template <class List>
 __global__ void __launch_bounds__(kThreads) find_starts_kernel(List list, int64_t nodes, int64_t* start) {
   const int64_t i = thread_number();

@@ -22,7 +22,7 @@ constexpr int64_t kManyPoints = 1 << 17;
 template <class T>
 struct Work {
   int64_t num_points, num_centres, num_cells;
-  bool same, selects, by_cells;  // selects: by distance
+  bool same, selects, symmetric, by_cells;  // selects: by distance
   int graph_bits, axis_bits;
   SortShape order;
   int64_t list_room = 0, list_blocks = 0;
@@ -41,6 +41,7 @@ struct Work {
         num_cells(count_cells(periodic)),
         same(!centres.xyz),
         selects(!radius_graph_wants_keys(options)),
+        symmetric(options.symmetric && options.max_neighbors > 0),
         by_cells(options.k < 1 && options.max_neighbors < 1 && !periodic.cell),
         graph_bits(points.batch || points.ptr ? bits_of(num_points) : 0),
         axis_bits(options.k > 0              ? std::min(14, (62 - graph_bits) / 3)
@@ -72,14 +73,14 @@ struct Work {
     call.periodic = periodic, call.options = options;
     call.cells = w.take<CellState>(num_cells);
     s.offsets = w.take<int64_t>(num_centres + 1);
-    s.bounds = options.symmetric && options.max_neighbors > 0 ? w.take<Bound<T>>(num_centres) : nullptr;
+    s.bounds = symmetric ? w.take<Bound<T>>(num_centres) : nullptr;
     s.tree.id = sort_room.list[(order.digits - 1) % 2];
     const T r = T(options.r);
     s.limit2 = options.k > 0 ? std::numeric_limits<T>::max() : std::nextafter(r * r, T(0));
     rows.call = call, rows.limit2 = s.limit2, rows.offsets = s.offsets;
     rows.rows = w.take<int32_t>(by_cells ? kRowLength * num_centres : 0);
     rows.long_rows = w.take<int32_t>(by_cells ? num_centres : 0), rows.num_long_rows = w.take<unsigned>(1);
-    if (selects || s.bounds) plan_lists(options.k > 0 ? options.k : options.max_neighbors, w);
+    if (selects || symmetric) plan_lists(options.k > 0 ? options.k : options.max_neighbors, w);
   }
 
   dim3 search_grid() const {
@@ -207,8 +208,10 @@ void fill(Work<T>& w, const RadiusOutputs& out, void* keys, unsigned* errors, St
 int64_t radius_graph_workspace(DType dtype, const PointSet& points, const PointSet& centres,
                                const Periodicity& periodic, const RadiusOptions& options) {
   return with_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    check_request<T>(points, centres, periodic, options);
     Workspace w(nullptr);
-    Work<decltype(zero)>(points, centres, periodic, options, w);
+    Work<T>(points, centres, periodic, options, w);
     return w.bytes();
   });
 }
@@ -219,7 +222,6 @@ void radius_graph_search(DType dtype, const PointSet& points, const PointSet& ce
   const LaunchScope scope("moeyard::radius_graph_search", device);
   with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    check_request<T>(points, centres, periodic, options);
     Workspace parts(workspace);
     Work<T> work(points, centres, periodic, options, parts);
     search(work, out, errors, static_cast<Stream>(stream));

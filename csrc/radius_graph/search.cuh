@@ -125,7 +125,7 @@ template <class T>
 __device__ void find_nearest_images(const Search<T>& s, Centre<T>& centre, NearestList<T>& list) {
   const double shortest = centre.cell->lattice.shortest(), bound = (0.5 * double(list.k) + 1) * shortest;
   for (double radius = 0.5 * shortest; !centre.isolated; radius *= 2) {
-    list.n = 0, list.full = false;
+    list.clear();
     // All that is nearer than the bound and more is asked for in the end: the edge test's rounding comes on top.
     const double reach = min(radius, bound) * (radius < bound ? 1 : 1 + 1e-3);
     find_nearest(s, centre, list, T(reach * reach));
@@ -145,7 +145,7 @@ __device__ NearestList<T> make_list(const Search<T>& s, void* shared) {
 
 template <class T>
 __device__ void fill_list(const Search<T>& s, Centre<T>& centre, NearestList<T>& list) {
-  list.n = 0, list.full = false;
+  list.clear();
   if (!centre.isolated) {
     if (s.call.options.k > 0 && centre.periodic())
       find_nearest_images(s, centre, list);
@@ -173,7 +173,6 @@ __global__ void __launch_bounds__(kSearchThreads) nearest_edges_kernel(Search<T>
       __syncwarp();
     }
     write_edges(s.call, s.out, s.offsets[centre.i], centre, count, [&](int64_t k) { return list.key[k]; });
-    __syncwarp();
   }
 }
 
@@ -192,7 +191,6 @@ __global__ void __launch_bounds__(kSearchThreads) bounds_kernel(Search<T> s, Bou
                shift_of(s.call, centre, int64_t(last >> 32), int64_t(last & 0xffffffffu))};
     }
     if (lane_number() == 0) bounds[centre.i] = bound;
-    __syncwarp();
   }
 }
 

@@ -3,7 +3,7 @@
 from moeyard._cpu import GatingProblem, PackRequest, Periodicity, PointSet, RadiusEdges, SegmentsRequest
 
 runtime_version: int
-architectures: str  # of the machine code, as "80,90"; PTX is that of the last
+architectures: str  # as CMake has them: "80-real,90" is code for both and PTX of the last
 
 def device_errors(device: int) -> int: ...
 def take_device_errors(device: int) -> int: ...

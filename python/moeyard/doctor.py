@@ -62,13 +62,17 @@ def _cuda() -> Iterator[Finding]:
         yield Finding("CUDA kernels", "not compiled in; CPU tensors work", mend)
         return
     version = _native.cuda().runtime_version
-    codes = ", ".join(f"sm_{arch}" for arch in _native.cuda().architectures.split(","))
-    yield Finding("CUDA kernels", f"compiled in (CUDA {version // 1000}.{version % 1000 // 10}, {codes}, PTX)")
+    codes = _codes(_native.cuda().architectures)
+    yield Finding("CUDA kernels", f"compiled in (CUDA {_release(version)}, {codes})")
     if torch.version.cuda is None:
         yield Finding("CUDA device", "not usable: this torch is a CPU build", "install a CUDA build of torch")
     elif not torch.cuda.is_available():
         mend = "check `nvidia-smi` and the driver; CPU tensors work meanwhile"
         yield Finding("CUDA device", "not usable: torch finds no GPU or driver", mend)
+    elif (driver := torch._C._cuda_getDriverVersion()) // 1000 < version // 1000:  # type: ignore[attr-defined]
+        # torch brings its own CUDA runtime, which may be older than ours and content with this driver.
+        state = f"not usable: driver for CUDA {_release(driver)}, kernels built with CUDA {_release(version)}"
+        yield Finding("CUDA device", state, "update the driver")
     else:
         names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
         yield Finding("CUDA device", f"usable: {names}")
@@ -76,8 +80,19 @@ def _cuda() -> Iterator[Finding]:
 
 def missing_for_cuda() -> str | None:
     """What stands between this installation and a GPU, and how to mend it; None if nothing does."""
-    wrong = [f"{f.topic}: {f.state}; {f.mend}" for f in _cuda() if f.mend]
-    return wrong[0] if wrong else None
+    return next((f"{f.topic}: {f.state}; {f.mend}" for f in _cuda() if f.mend), None)
+
+
+def _release(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def _codes(architectures: str) -> str:
+    """Machine code of 80 and 90 and PTX of 90 from "80-real,90", as CMake means it; words such as all stay."""
+    listed = architectures.split(",")
+    codes = [re.sub(r"^(\d+[af]?)(-real)?$", r"sm_\1", arch) for arch in listed if not arch.endswith("-virtual")]
+    has_ptx = any(re.fullmatch(r"\d+[af]?(-virtual)?", arch) for arch in listed)
+    return ", ".join([*codes, "PTX"] if has_ptx else codes)
 
 
 def _extras() -> Iterator[Finding]:

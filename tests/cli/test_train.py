@@ -62,7 +62,7 @@ def test_train_eval_and_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main(command(tmp_path)) == 0
     assert f"already finished: {found.folder}, 24 steps" in capsys.readouterr().out
 
-    assert main(["eval", "tokens-demo", found.signature[:4], "--last", "--out", str(tmp_path)]) == 0
+    assert main(["eval", "tokens-demo", found.signature[:4], "--last", "--out", str(tmp_path), "--device", "cpu"]) == 0
     text = capsys.readouterr().out
     assert "step 24" in text
     assert f"{curve(found.folder)[-1]['val_loss']:.6g}" in text

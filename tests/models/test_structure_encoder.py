@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeyard import radius_graph
-from moeyard.models import StructureEncoder, StructureEncoderConfig, structure_encoder
+from moeyard.models import StructureEncoder, StructureEncoderConfig
 
 SMALL = {"dim": 16, "num_layers": 2, "num_basis": 8, "num_experts": 4, "expert_hidden": 12}
 
@@ -71,9 +70,11 @@ def test_edges_that_fill_a_capacity_change_nothing(monkeypatch: pytest.MonkeyPat
     free = model(*batch)
     room = model._capacity(len(batch[0]))
     assert room == 60 * max_neighbors
-    monkeypatch.setattr(
-        structure_encoder, "radius_graph", lambda *args, **options: radius_graph(*args, **options | {"max_edges": room})
-    )
+    graph_of = model._graph
+    monkeypatch.setattr(model, "_graph", lambda positions, ptr, _: graph_of(positions, ptr, room))
+    graph = model._graph(batch[0], batch[2], None)
+    unused = graph.edge_index[:, int(graph.num_edges) :]
+    assert unused.shape[1] == 0 or unused[0].bincount().max() <= max_neighbors
     fixed = model(*batch)
     assert fixed.num_edges == free.num_edges <= room
     torch.testing.assert_close(fixed.noise, free.noise, rtol=0, atol=1e-12)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import moeyard
-from engines import engine, examples, place
+from engines import engine, examples, large, place
 from ops.compare import assert_equal
 from ops.test_radius_graph import points, skew_cell
 from ops.test_radius_graph_exact import RADII, SELECTIONS, boxes, clouds
@@ -101,23 +101,53 @@ def test_knn_graph_agrees(name: str, cloud: Any, k: int, loop: bool, periodic: b
 
 
 @NAMES
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, *large(torch.float64)])
 @pytest.mark.parametrize("options", [{}, {"max_num_neighbors": 9}, {"max_num_neighbors": 9, "symmetric": True}])
 def test_several_levels_of_boxes_agree(name: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
     """Two levels of boxes above the points, in graphs that meet inside of boxes."""
     pos = points(1500, 11.0, dtype, 3)
     arguments = {"pos": pos, "r": 1.3, "ptr": torch.tensor([0, 40, 41, 41, 1400, 1500]), **options}
     assert_agree(name, 2, moeyard.radius_graph, arguments)
-    assert_agree(name, 3, moeyard.knn_graph, {"pos": pos, "k": 12})
     cell = skew_cell(11.0, dtype)
     assert_agree(name, 4, moeyard.radius_graph, {"pos": pos[:300] * 1.5, "r": 2.0, "cell": cell, **options})
 
 
 @NAMES
-@pytest.mark.parametrize("k", [300, 700])
+@pytest.mark.parametrize("dtype", [torch.float32, *large(torch.float64)])
+def test_nearest_across_several_levels_of_boxes_agree(name: str, dtype: torch.dtype) -> None:
+    assert_agree(name, 3, moeyard.knn_graph, {"pos": points(1500, 11.0, dtype, 3), "k": 12})
+
+
+@NAMES
+def test_ties_between_boxes_agree(name: str) -> None:
+    """Of points that are equally far the first are taken, in whichever box they are."""
+    order = torch.randperm(343, generator=torch.Generator().manual_seed(3))
+    pos = torch.cartesian_prod(*[torch.arange(7.0)] * 3)[order]
+    assert_agree(name, 4, moeyard.knn_graph, {"pos": pos, "k": 3})
+    assert_agree(name, 4, moeyard.radius_graph, {"pos": pos, "r": 1.5, "max_num_neighbors": 3, "symmetric": True})
+
+
+@NAMES
+@pytest.mark.parametrize("k", [300, *large(700)])
 def test_lists_in_shared_and_in_global_memory_agree(name: str, k: int) -> None:
-    pos = points(800, 4.0, torch.float32, 1)
-    assert_agree(name, k, moeyard.knn_graph, {"pos": pos[:, :], "k": k, "ptr": torch.tensor([0, 790, 800])})
+    pos = points(k + 30, 4.0, torch.float32, 1)
+    graphs = {"ptr": torch.tensor([0, k + 20, k + 30])}
+    assert_agree(name, k, moeyard.knn_graph, {"pos": pos, "k": k, **graphs})
+    if k > 600:
+        for symmetric in (False, True):
+            options = {"max_num_neighbors": k, "symmetric": symmetric}
+            assert_agree(name, k, moeyard.radius_graph, {"pos": pos, "r": 3.9, **graphs, **options})
+
+
+@NAMES
+@pytest.mark.parametrize("cap", [39, 40, 41, 10**9, 2**63 - 1])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_caps_that_nothing_exceeds_agree(name: str, cap: int, symmetric: bool) -> None:
+    options = {"r": 3.0, "max_num_neighbors": cap, "symmetric": symmetric}
+    assert_agree(name, 1, moeyard.radius_graph, {"pos": points(40, 1.0, torch.float32, 2), "loop": True, **options})
+    if cap > 2**27:
+        pos, cell = points(6, 2.0, torch.float32, 2), 2 * torch.eye(3)
+        assert_agree(name, 1, moeyard.radius_graph, {"pos": pos, "cell": cell, **options})
 
 
 @NAMES
@@ -126,6 +156,9 @@ def test_the_centre_on_which_the_capacity_ends(name: str) -> None:
     pos = points(400, 1.0, torch.float32, 5)
     for max_edges in (1, 31, 32, 33, 150, 399, 400, 5000):
         assert_agree(name, max_edges, moeyard.radius_graph, {"pos": pos, "r": 9.0, "max_edges": max_edges})
+    for max_edges in (1, 19, 20, 21, 777):
+        arguments = {"pos": pos[:60], "r": 9.0, "max_num_neighbors": 20, "max_edges": max_edges}
+        assert_agree(name, max_edges, moeyard.radius_graph, arguments)
 
 
 @NAMES
@@ -152,6 +185,11 @@ def test_cells_anywhere_agree(name: str, dtype: torch.dtype) -> None:
     chain = torch.arange(300, dtype=dtype)[:, None] * (0.7 * (1 - 1e-6))
     for axis in torch.eye(3, dtype=dtype):
         assert_agree(name, 9, moeyard.radius_graph, {"pos": chain * axis, "r": 0.7})
+    # As near as double numbers tell apart, among points that are far from each other in such cells.
+    pairs = points(150, 1.0, dtype, 10).repeat(2, 1)
+    pairs[150:] += torch.finfo(dtype).eps * points(150, 4.0, dtype, 11)
+    for r in (2.0**-30, 2.0**-40, 2.0**-51, 2.0**-60):
+        assert_agree(name, 12, moeyard.radius_graph, {"pos": pairs, "r": r})
     far = torch.cat([line * 1e-3, line * 1e-3 + 1e4, line * 1e15])
     assert_agree(name, 8, moeyard.radius_graph, {"pos": far, "r": 0.005})
 

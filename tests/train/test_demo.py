@@ -14,6 +14,7 @@ import pytest
 import torch
 
 pytest.importorskip("lightning", reason="needs moeyard[train]")
+pytest.importorskip("pydantic", reason="needs moeyard[train]")
 pytest.importorskip("matplotlib", reason="needs moeyard[train]")
 
 from engines import NO_GPU, has_gpu
@@ -21,6 +22,7 @@ from moeyard.data.structures import embed_molecules, molecule_list, peptide_list
 from moeyard.models import structures_demo
 from moeyard.models.structures_demo import StructuresDemoData
 from moeyard.train import demo
+from moeyard.train.checkpoint import Checkpoints
 from moeyard.train.demo import DemoOptions, DemoSummary, run_demo
 from moeyard.train.errors import UsageError
 from moeyard.train.metrics import read_metrics
@@ -132,24 +134,29 @@ def test_a_structure_beyond_the_budget_is_a_batch_of_its_own(tmp_path: Path) -> 
     assert all(r["atoms"] <= 8 or r["structures"] == 1 for r in records)
 
 
-def resident_run(out: Path, steps: int) -> list[float]:
+def resident_run(out: Path, steps: int, *, keep: bool = False, **limits: float) -> list[float]:
     """The demo's training with structures, batches and graphs on one device."""
-    out.mkdir()
+    out.mkdir(exist_ok=True)
     config = demo.settings(DemoOptions(steps=steps, max_atoms_per_batch=100, experts=4, out=out))
     data = StructuresDemoData(tiny_table(), max_atoms_per_batch=100, device="cuda")
-    fit(demo.build_model(config, data), data, config, out, write=lambda line: None)
+    checkpoints = Checkpoints(out / "checkpoints", system="structures-demo", signature="0" * 8) if keep else None
+    model = demo.build_model(config, data)
+    fit(model, data, config, out, checkpoints=checkpoints, write=lambda line: None, **limits)
     return losses(out)
 
 
 def test_structures_that_stay_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Epochs are planned and gathered by the ops alone, here on the CPU in place of a GPU."""
-    monkeypatch.setattr(structures_demo, "own_device", lambda device: torch.device("cpu"))
+    monkeypatch.setattr(structures_demo, "own_gpu", lambda: torch.device("cpu"))
     first = resident_run(tmp_path / "first", 20)
     assert first[-1] < 0.8 * first[0]
     for r in read_metrics(tmp_path / "first" / "metrics.jsonl"):
         assert r["atoms"] <= 100
         assert sum(map(sum, r["experts"][0])) == 2 * r["atoms"]
     assert resident_run(tmp_path / "again", 8) == first[:8]
+    begun = resident_run(tmp_path / "resumed", 20, keep=True, seconds=1e-3)
+    assert 0 < len(begun) < 20
+    assert resident_run(tmp_path / "resumed", 20, keep=True) == first
 
 
 @pytest.mark.skipif(not has_gpu(), reason=NO_GPU)
@@ -159,20 +166,20 @@ def test_on_a_gpu(tmp_path: Path) -> None:
     assert 0.5 < summary.batch_fill <= 1.0
     assert summary.comparison == []
     run(tmp_path / "again", device="cuda")
-    # Sums over edges are in a fixed order, those of torch's own kernels need not be.
+    # Sums over edges are in no fixed order there.
     assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "first"), rel=1e-2)
 
 
 @pytest.mark.skipif(has_gpu(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"^--device cuda: CUDA (kernels|device): not "):
+    with pytest.raises(UsageError, match=r"^device = cuda: CUDA (kernels|device): not "):
         run(tmp_path, device="cuda")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"device": "tpu"}, "--device: expected cpu or cuda, got 'tpu'"),
+        ({"device": "tpu"}, "device: expected cpu or cuda, got 'tpu'"),
         ({"steps": 0}, "--steps: expected 1 to 2147483647, got 0"),
         ({"seconds": 0}, "--seconds: expected a positive number up to 1e9, got 0"),
         ({"seconds": float("nan")}, "--seconds"),

@@ -70,7 +70,7 @@ def demo(
     max_atoms_per_batch: Annotated[int, typer.Option(help="Atom budget of a batch.")] = 2000,
     experts: Annotated[int, typer.Option(help="Experts per layer.")] = 8,
     top_k: Annotated[int, typer.Option(help="Experts per atom.")] = 2,
-    seed: Annotated[int, typer.Option(help="Same seed, same losses.")] = 0,
+    seed: Annotated[int, typer.Option(help="Same seed, same losses (on a GPU to rounding).")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for metrics, plots and configuration.")] = Path("runs/demo"),
     workers: Annotated[int, typer.Option(help="DataLoader worker processes.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, or cuda: structures, batches and graphs stay on the GPU.")] = "cpu",

@@ -88,6 +88,7 @@ def evaluate(
     signature: Annotated[str, typer.Argument(help="Signature of the run, or its beginning.")],
     out: Out = Path("runs"),
     last: Annotated[bool, typer.Option("--last", help="The last weights, not the best ones.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default that of the training.")] = None,
 ) -> None:
     """Score a run's weights on what it was not trained on."""
     console = Console()
@@ -100,7 +101,8 @@ def evaluate(
         from moeyard.train.training import evaluate_run
 
         with loading(console) as progress:
-            step, values = evaluate_run(run, kind="last" if last else "best", progress=progress)
+            kind = "last" if last else "best"
+            step, values = evaluate_run(run, kind=kind, device=device, progress=progress)
     table = Table(title=f"{run.system}/{run.signature}, step {step:,}", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")

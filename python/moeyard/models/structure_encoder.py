@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from moeyard.nn import MoE, RadialBasis, RadialInteraction, VectorReadout, edges_of
 from moeyard.nn.message_passing import Edges
-from moeyard.ops import Gating, radius_graph
+from moeyard.ops import Gating, RadiusGraph, radius_graph
 
 MASK_ELEMENT = 0
 
@@ -121,14 +121,7 @@ class StructureEncoder(nn.Module):
         Returns:
             `StructureEncoding`.
         """
-        config = self.config
-        graph = radius_graph(
-            positions,
-            config.cutoff,
-            ptr=ptr,
-            max_num_neighbors=config.max_neighbors,
-            max_edges=self._capacity(len(positions)) if positions.is_cuda else None,
-        )
+        graph = self._graph(positions, ptr, self._capacity(len(positions)) if positions.is_cuda else None)
         edges = edges_of(graph.edge_index, graph.distance, graph.vector, self.basis)
         forced = self._forced_experts(ptr, domain, len(positions))
         h = self.embedding(elements)
@@ -144,6 +137,18 @@ class StructureEncoder(nn.Module):
         """The most edges that so many atoms have, if there is a limit: a GPU need not be waited for then."""
         limit = self.config.max_neighbors
         return None if limit is None else atoms * limit
+
+    def _graph(self, positions: Tensor, ptr: Tensor, capacity: int | None) -> RadiusGraph:
+        config = self.config
+        graph = radius_graph(
+            positions, config.cutoff, ptr=ptr, max_num_neighbors=config.max_neighbors, max_edges=capacity
+        )
+        if not capacity:
+            return graph
+        # Edges of no length weigh nothing, but at one atom together their sums would wait for each other.
+        slot = torch.arange(capacity, device=positions.device)
+        spread = torch.where(slot < graph.num_edges, graph.edge_index, slot % len(positions))
+        return graph._replace(edge_index=spread)
 
     def _forced_experts(self, ptr: Tensor, domain: Tensor | None, atoms: int) -> Tensor | None:
         if self.config.routing == "learned":

@@ -17,7 +17,7 @@ from moeyard.data.batching import (
     ResidentLoader,
     ResidentTable,
     StructureBatch,
-    own_device,
+    own_gpu,
     structure_loader,
 )
 from moeyard.data.structures import StructureTable, embed_molecules, read_structures
@@ -79,7 +79,7 @@ class StructuresDemoData:
     ) -> None:
         self.table, self.budget, self.seed = table, max_atoms_per_batch, seed
         self.domains: Sequence[str] = table.domains
-        self.resident = None if device == "cpu" else ResidentTable(table, own_device(device))
+        self.resident = None if device == "cpu" else ResidentTable(table, own_gpu())
         order = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed))
         count = int(evaluation_fraction * len(table))
         self._evaluation = order[:count].sort().values
@@ -99,11 +99,10 @@ class StructuresDemoData:
         return structure_loader(self.table, batches, num_workers=num_workers, **options)
 
     def _batches(self, ids: Tensor, *, shuffle: bool) -> _Chosen | ResidentBatches:
-        seed, budget = self.seed, self.budget
+        options: Any = {"shuffle": shuffle, "seed": self.seed, "oversize": "own_batch"}
         if self.resident is not None:
-            return ResidentBatches(self.resident, budget, ids=ids, shuffle=shuffle, seed=seed, oversize="own_batch")
-        sizes = self.table.sizes[ids]
-        return _Chosen(AtomBudgetBatchSampler(sizes, budget, shuffle=shuffle, seed=seed, oversize="own_batch"), ids)
+            return ResidentBatches(self.resident, self.budget, ids=ids, **options)
+        return _Chosen(AtomBudgetBatchSampler(self.table.sizes[ids], self.budget, **options), ids)
 
 
 class StructuresDemo:

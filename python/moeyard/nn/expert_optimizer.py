@@ -111,15 +111,15 @@ class ExpertOptimizer(torch.optim.Optimizer):
 
     def _hand_gradients_over(self) -> None:
         self._follow_memory()
-        busy: list[Tensor | None] = []
-        for parameter, _ in self._rows:
-            grad = None if parameter.grad is None else _local(parameter.grad)
-            busy.append(None if grad is None else _rows_with_values(grad))
-        for (parameter, rows), rows_busy in zip(self._rows, busy, strict=True):
-            if rows_busy is None:
-                continue
-            for row, grad, wanted in zip(rows, _local(parameter.grad), rows_busy.tolist(), strict=True):
-                row.grad = grad if wanted else None
+        graded = [(rows, _local(parameter.grad)) for parameter, rows in self._rows if parameter.grad is not None]
+        if not graded:
+            return
+        # In one piece, so that the device is waited for once.
+        device = graded[0][1].device
+        busy = iter(torch.cat([_rows_with_values(grad).to(device) for _, grad in graded]).tolist())
+        for rows, grads in graded:
+            for row, grad in zip(rows, grads, strict=True):
+                row.grad = grad if next(busy) else None
 
     def state_dict(self) -> dict[str, Any]:
         self._pass_options_on()

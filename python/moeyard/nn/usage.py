@@ -22,16 +22,19 @@ def expert_usage(experts: Tensor, num_experts: int, domain: Tensor | None = None
         [D,E] int64; the sum over D is `Gating.counts`.
 
     Raises:
-        ValueError: an id outside [-1, E) or a domain outside [0, D), which would count for another one.
+        ValueError: on the CPU, an id outside [-1, E) or a domain outside [0, D). On a GPU, which is not waited for,
+            such a slot counts for nobody.
     """
     ids = experts.long()
-    _check_range("experts", ids, -1, num_experts)
-    if domain is not None:
-        _check_range("domain", domain, 0, num_domains)
-        ids = torch.where(ids >= 0, ids + num_experts * domain.long()[:, None], ids)
-    flat = ids.reshape(-1)
-    counts = torch.bincount(flat[flat >= 0], minlength=num_domains * num_experts)
-    return counts.reshape(num_domains, num_experts)
+    home = torch.zeros_like(ids[:, :1]) if domain is None else domain.long()[:, None]
+    if not ids.is_cuda:
+        _check_range("experts", ids, -1, num_experts)
+        _check_range("domain", home, 0, num_domains)
+    nobody = num_domains * num_experts
+    inside = (ids >= 0) & (ids < num_experts) & (home >= 0) & (home < num_domains)
+    slots = torch.where(inside, ids + num_experts * home, nobody).reshape(-1)
+    counts = ids.new_zeros(nobody + 1).scatter_add_(0, slots, torch.ones_like(slots))
+    return counts[:nobody].reshape(num_domains, num_experts)
 
 
 def _check_range(name: str, values: Tensor, low: int, high: int) -> None:

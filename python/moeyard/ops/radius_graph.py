@@ -33,6 +33,7 @@ _FLOWS = ("source_to_target", "target_to_source")
 _AXES = 3
 _MAX_POINTS = 2**31 - 1
 _MAX_EDGES = 2**48
+_MAX_IMAGES = 2**27
 
 
 class RadiusGraph(NamedTuple):
@@ -362,6 +363,9 @@ def _cuda(
         cell, pbc = cell.contiguous(), contiguous(pbc)
         periodic = periodicity(cell, pbc)
     native, where = _native.cuda(), device_and_stream(pos)
+    # A cap that no centre can exceed is none: all edges need no lists of that length, and are found faster.
+    if max_num_neighbors is not None and max_num_neighbors >= (count if cell is None else _MAX_IMAGES):
+        max_num_neighbors = None
     options = native.RadiusOptions(r, k or -1, max_num_neighbors or -1, symmetric, loop, half)
     request = DTYPE_CODE[pos.dtype], points, homes, periodic, options
     errors = native.device_errors(where[0])

@@ -108,10 +108,10 @@ class Recorder:
         first, count = outputs[0], len(outputs) * processes
         means = {"loss": [o.loss for o in outputs], **{n: [o.metrics[n] for o in outputs] for n in first.metrics}}
         fills = [o.batch_fill for o in outputs if o.batch_fill is not None]
-        columns = [torch.stack(values).double().sum() for values in means.values()]
-        columns += [torch.tensor(float(sum(o.sizes[name] for o in outputs))) for name in first.sizes]
-        columns.append(torch.tensor(float(sum(fills))))
-        sums = total(torch.stack([column.double().to(first.loss.device) for column in columns])).tolist()
+        columns: list[float | Tensor] = [torch.stack(values).double().sum() for values in means.values()]
+        columns += [sum(o.sizes[name] for o in outputs) for name in first.sizes]
+        columns.append(float(sum(fills)))
+        sums = total(_together(columns, first.loss.device)).tolist()
         record: Record = {name: value / count for name, value in zip(means, sums, strict=False)}
         sizes = {name: int(value) for name, value in zip(first.sizes, sums[len(means) :], strict=False)}
         seconds = max(self._step_seconds + self._data_seconds, 1e-9)
@@ -124,6 +124,12 @@ class Recorder:
             record["experts"] = total(usage).tolist()
         self._step_seconds = self._data_seconds = 0.0
         return record
+
+
+def _together(values: Sequence[float | Tensor], device: torch.device) -> Tensor:
+    """Numbers and scalar tensors as one float64 tensor, which only its reader has to wait for."""
+    numbers = iter(torch.tensor([v for v in values if not isinstance(v, Tensor)], dtype=torch.float64).to(device))
+    return torch.stack([v.to(device, torch.float64) if isinstance(v, Tensor) else next(numbers) for v in values])
 
 
 class StepEnd(Callback):
@@ -174,7 +180,7 @@ class StepEnd(Callback):
         total = _total(trainer)
         place = {"step": step, "epoch": self.batches.position(step * config.accumulate - 1)[0]}
         record = self.recorder.take(total, trainer.world_size)
-        self._emit({**place, **record, "learning_rate": module.learning_rate, "grad_norm": module.grad_norm})
+        self._emit({**place, **record, "learning_rate": module.learning_rate, "grad_norm": float(module.grad_norm)})
         module.end_step()
         last = step == config.max_steps
         if self.data.evaluation_batches and (last or step % config.eval_every == 0):

@@ -163,8 +163,9 @@ def signature(config: TrainConfig) -> str:
 
 def canonical(config: TrainConfig) -> str:
     """The settings that change results as JSON, keys sorted, no spaces."""
-    unsigned = UNSIGNED | ({"device"} if config.device == "cpu" else set())
-    values = config.model_dump(mode="json", exclude=set(unsigned))
+    values = config.model_dump(mode="json", exclude=set(UNSIGNED))
+    if config.device == "cpu":
+        del values["device"]
     return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 

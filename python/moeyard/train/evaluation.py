@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moeyard.train.config import TrainConfig
 from moeyard.train.errors import UsageError
 from moeyard.train.loading import leave_ending_to_the_main_process
-from moeyard.train.module import EVALUATION, autocast, scored
+from moeyard.train.module import EVALUATION, autocast, random_state_apart, scored
 from moeyard.train.schedule import Patience
 from moeyard.train.system import Data
 
@@ -54,7 +54,7 @@ def evaluate(
     weight, training = 0.0, model.training
     model.eval()
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), autocast(config.precision, device):
+        with random_state_apart(), torch.no_grad(), autocast(config.precision, device):
             # Loaders read the global generator when they start.
             loader = data.loader(
                 [batches[n] for n in numbers],

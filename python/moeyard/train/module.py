@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -52,7 +52,7 @@ class SystemModule(LightningModule):
             self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
             # Not trained: DDP would wait for its gradients.
             self.ema.requires_grad_(False)
-        self.grad_norm = float("nan")
+        self.grad_norm: float | Tensor = float("nan")
         self.learning_rate = float("nan")
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class SystemModule(LightningModule):
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.config.gradient_clip is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.config.gradient_clip, norm)
-        self.grad_norm, self.learning_rate = float(norm), float(optimizer.param_groups[0]["lr"])
+        self.grad_norm, self.learning_rate = norm, float(optimizer.param_groups[0]["lr"])
 
     def reduce_learning_rate(self) -> None:
         """For the plateau schedule: one reduction, from the next step on."""
@@ -138,6 +138,11 @@ def _seed_everywhere(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
+
+
+def random_state_apart() -> AbstractContextManager[Any]:
+    """What is seeded and drawn inside leaves no trace outside, on the CPU and on a GPU that is in use."""
+    return torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else [])
 
 
 def detached(output: StepOutput) -> StepOutput:

@@ -10,9 +10,18 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from moeyard.doctor import missing_for_cuda
 from moeyard.train.errors import UsageError
 
 T = TypeVar("T")
+
+
+def need_device(device: str) -> None:
+    """UsageError where there is no such device."""
+    if device not in ("cpu", "cuda"):
+        raise UsageError(f"device: expected cpu or cuda, got {device!r}")
+    if device == "cuda" and (missing := missing_for_cuda()):
+        raise UsageError(f"device = cuda: {missing}")
 
 
 @dataclass(frozen=True)

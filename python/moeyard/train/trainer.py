@@ -29,7 +29,7 @@ from moeyard.train.errors import UsageError
 from moeyard.train.evaluation import Judge
 from moeyard.train.loading import RepeatedEpochs, leave_ending_to_the_main_process
 from moeyard.train.metrics import CollapseAlarm, MetricsFile, PlainProgress, Sink, TensorBoard, cut_metrics
-from moeyard.train.module import SystemModule
+from moeyard.train.module import SystemModule, random_state_apart
 from moeyard.train.processes import Processes
 from moeyard.train.system import Data
 
@@ -75,7 +75,8 @@ def fit(
         UsageError: a checkpoint that cannot be used, a full disk, settings that do not go together.
 
     Determinism: the same settings give the same records, times apart, whether or not the run was interrupted and
-    resumed, for any number of workers, and, to rounding, of processes. The global random state is left alone.
+    resumed, for any number of workers, and, to rounding, of processes and on a GPU. The global random state is left
+    alone.
     """
     processes = processes or Processes()
     _check(config, data, processes)
@@ -98,7 +99,7 @@ def fit(
             sinks += [] if terminal else [PlainProgress(config.max_steps, write)]
         end = StepEnd(data, batches, judge, sinks=sinks, stop=stop, checkpoints=checkpoints)
         module = SystemModule(model, config)
-        with stop, torch.random.fork_rng(devices=[]), _quiet_lightning():
+        with stop, random_state_apart(), _quiet_lightning():
             bar = [_Bar()] if terminal and processes.first else []
             trainer = _trainer(config, [end, *bar], _Io(checkpoints, state), processes)
             _run(trainer, module, _loader(config, data, batches), place, stop)

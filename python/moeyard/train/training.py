@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from moeyard.data.batching import own_device
-from moeyard.doctor import missing_for_cuda
 from moeyard.train.checkpoint import Checkpoints
 from moeyard.train.config import TrainConfig, config_class, signature
 from moeyard.train.errors import UsageError
 from moeyard.train.evaluation import evaluate
 from moeyard.train.files import clear_disk_errors
-from moeyard.train.processes import Processes, joined
+from moeyard.train.processes import Processes, joined, need_device
 from moeyard.train.runs import Run, RunStore
 from moeyard.train.system import Data, Progress, System, load_system
 from moeyard.train.trainer import FitResult, fit
@@ -63,7 +61,7 @@ def train(
     Raises:
         UsageError: the folder is in use, a checkpoint is damaged or of other settings, a full disk, bad data.
     """
-    _need(config.device)
+    need_device(config.device)
     run = store.run(system.name, signature(config))
     with joined(config.device) as processes:
         if not processes.first:
@@ -96,12 +94,6 @@ def train(
                     _note_failure(run, error)
                 raise
             return _finish(run, result, processes)
-
-
-def _need(device: str) -> None:
-    """UsageError where there is no such device."""
-    if device == "cuda" and (missing := missing_for_cuda()):
-        raise UsageError(f"device = cuda: {missing}")
 
 
 def _nothing(line: str) -> None:
@@ -176,12 +168,15 @@ def _finish(run: Run, result: FitResult, processes: Processes) -> TrainResult:
     )
 
 
-def evaluate_run(run: Run, *, kind: str = "best", progress: Progress | None = None) -> tuple[int, dict[str, float]]:
-    """Scores a run's weights on its evaluation batches, on the device that it was trained on.
+def evaluate_run(
+    run: Run, *, kind: str = "best", device: str | None = None, progress: Progress | None = None
+) -> tuple[int, dict[str, float]]:
+    """Scores a run's weights on its evaluation batches.
 
     Args:
         run: see `RunStore.find`.
         kind: "best", the best evaluation's (the last ones where none was), or "last".
+        device: "cpu" or "cuda"; None for the one that it was trained on.
         progress: told while data are opened.
 
     Returns:
@@ -196,14 +191,15 @@ def evaluate_run(run: Run, *, kind: str = "best", progress: Progress | None = No
     place = (checkpoints.latest("best") if kind == "best" else None) or checkpoints.latest()
     if place is None:
         raise UsageError(f"{run.folder}: no checkpoint to evaluate")
-    _need(config.device)
+    config = config.model_copy(update={"device": device or config.device})
+    need_device(config.device)
     data, model = _built(system, config, progress)
     _same_data(run, data, checkpoints)
     if not data.evaluation_batches:
         raise UsageError(f"{run.system}: no evaluation batches with these settings")
     model.load_state_dict(checkpoints.weights(place))
-    device = own_device(config.device)
-    return int(checkpoints.manifest(place)["step"]), evaluate(model.to(device), data, config, device=device)
+    where = torch.device(config.device)
+    return int(checkpoints.manifest(place)["step"]), evaluate(model.to(where), data, config, device=where)
 
 
 def _text(path: Path) -> str:

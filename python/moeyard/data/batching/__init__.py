@@ -2,7 +2,7 @@
 
 from moeyard.data.batching.collate import StructureBatch, collate
 from moeyard.data.batching.dataset import StructureDataset, structure_loader
-from moeyard.data.batching.resident import PlannedBatch, ResidentBatches, ResidentLoader, ResidentTable, own_device
+from moeyard.data.batching.resident import PlannedBatch, ResidentBatches, ResidentLoader, ResidentTable, own_gpu
 from moeyard.data.batching.sampler import AtomBudgetBatchSampler
 
 __all__ = [
@@ -14,6 +14,6 @@ __all__ = [
     "StructureBatch",
     "StructureDataset",
     "collate",
-    "own_device",
+    "own_gpu",
     "structure_loader",
 ]

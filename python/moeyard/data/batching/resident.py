@@ -24,9 +24,9 @@ from moeyard.data.batching.sampler import AtomBudgetBatchSampler
 from moeyard.data.structures.table import StructureTable
 
 
-def own_device(device: str) -> torch.device:
-    """The device "cpu" or "cuda" of this process, where torchrun has started several."""
-    return torch.device(device, int(os.environ.get("LOCAL_RANK", "0"))) if device == "cuda" else torch.device(device)
+def own_gpu() -> torch.device:
+    """The GPU of this process, where torchrun has started several."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 class PlannedBatch(NamedTuple):
