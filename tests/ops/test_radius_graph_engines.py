@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -156,8 +157,8 @@ def test_the_centre_on_which_the_capacity_ends(name: str) -> None:
     pos = points(400, 1.0, torch.float32, 5)
     for max_edges in (1, 31, 32, 33, 150, 399, 400, 5000):
         assert_agree(name, max_edges, moeyard.radius_graph, {"pos": pos, "r": 9.0, "max_edges": max_edges})
-    for max_edges in (1, 19, 20, 21, 777):
-        arguments = {"pos": pos[:60], "r": 9.0, "max_num_neighbors": 20, "max_edges": max_edges}
+    for max_edges, cap in itertools.product((1, 19, 20, 21, 39, 40, 777), (None, 20)):
+        arguments = {"pos": pos[:40], "r": 9.0, "max_num_neighbors": cap, "max_edges": max_edges}
         assert_agree(name, max_edges, moeyard.radius_graph, arguments)
 
 
