@@ -155,13 +155,13 @@ def test_a_mutant_fails(name: str) -> None:
     mutant = MUTANTS[name]
     room = ROOT / "build" / f"mutants-{built_as(mutant.flavour)}"
     with only_process(room.with_suffix(".lock")):
-        done = tested(mutant, room)
+        done = outcome(mutant, room)
     output = done.stdout + done.stderr
     assert done.returncode != 0, output
     assert re.search(mutant.symptom, output), output
 
 
-def tested(mutant: Mutant, copy: Path) -> subprocess.CompletedProcess[str]:
+def outcome(mutant: Mutant, copy: Path) -> subprocess.CompletedProcess[str]:
     copy_of_the_sources(copy)
     file = copy / "csrc" / mutant.file
     text = file.read_text()
