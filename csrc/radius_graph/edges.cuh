@@ -28,15 +28,14 @@ __device__ void write_geometry(const RadiusOutputs& out, int64_t e, const Vec3<T
   static_cast<T*>(out.distance)[e] = sqrt(squared_norm(d));
 }
 
-/// The edges of a centre from edge `first` on, for a whole warp: key(k) is that of the k-th of n.
-template <class T, class Key>
+/// The edges of a centre from edge `first` on, for a whole warp.
+template <class T>
 __device__ void write_edges(const Call<T>& call, const RadiusOutputs& out, int64_t first, const Centre<T>& centre,
-                            int64_t n, Key&& key) {
+                            const uint64_t* keys, int64_t n) {
   n = min(n, out.capacity - first);
   for (int64_t k = lane_number(); k < n; k += 32) {
-    const uint64_t mine = key(k);
-    const int64_t e = first + k, j = int64_t(mine >> 32);
-    const Shift shift = shift_of(call, centre, j, int64_t(mine & 0xffffffffu));
+    const int64_t e = first + k, j = int64_t(keys[k] >> 32);
+    const Shift shift = shift_of(call, centre, j, int64_t(keys[k] & 0xffffffffu));
     out.centre[e] = centre.i, out.neighbour[e] = j;
     if (out.cell_shift)
       for (int c = 0; c < 3; ++c) out.cell_shift[3 * e + c] = shift.n[c];

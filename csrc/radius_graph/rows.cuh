@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kRowThreads) write_long_rows_kernel(RowSearch<
     if (row.wanted <= 0) continue;
     for_each_item<32>(s.call, s.cells, centre, s.limit2, [&](bool hit, int32_t j) { row.take(hit, key_of(j, 0)); });
     row.tidy();
-    write_edges(s.call, s.out, s.offsets[centre.i], centre, row.n, [&](int64_t k) { return row.key[k]; });
+    write_edges(s.call, s.out, s.offsets[centre.i], centre, row.key, row.n);
   }
 }
 

@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kSearchThreads) all_edges_kernel(Search<T> s) 
       return true;
     });
     row.tidy();
-    write_edges(s.call, s.out, s.offsets[centre.i], centre, row.n, [&](int64_t k) { return row.key[k]; });
+    write_edges(s.call, s.out, s.offsets[centre.i], centre, row.key, row.n);
   }
 }
 
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kSearchThreads) nearest_edges_kernel(Search<T>
       for (int64_t at = list.n + lane_number(); at < count; at += 32) list.key[at] = key_of(centre.i, 0);
       __syncwarp();
     }
-    write_edges(s.call, s.out, s.offsets[centre.i], centre, count, [&](int64_t k) { return list.key[k]; });
+    write_edges(s.call, s.out, s.offsets[centre.i], centre, list.key, count);
   }
 }
 

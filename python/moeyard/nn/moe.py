@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moeyard.nn.experts import Experts
 from moeyard.nn.router import Router
+from moeyard.nn.usage import count_ids
 from moeyard.ops import Gating, _check, permute_tokens, plan_permutation, unpermute_tokens
 
 ROUTINGS = ("learned", "forced", "mixed")
@@ -167,10 +168,8 @@ class MoE(nn.Module):
             experts = experts.masked_fill(~mask[:, None], -1)
         dtype = torch.float64 if tokens.dtype == torch.float64 else torch.float32
         weights = (experts >= 0).to(dtype) / self.k
-        # One more column takes the -1s. Not bincount, whose size a compiler cannot know.
         slots = torch.where(experts < 0, self.num_experts, experts).clamp(max=self.num_experts).flatten().long()
-        counts = slots.new_zeros(self.num_experts + 1).scatter_add_(0, slots, torch.ones_like(slots))
-        counts = counts[: self.num_experts].int()
+        counts = count_ids(slots, self.num_experts).int()
         share, zero = counts.to(dtype) / self.k, weights.new_zeros(())
         return Gating(weights, experts, counts, share, share, zero, zero)
 

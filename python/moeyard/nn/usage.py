@@ -33,8 +33,13 @@ def expert_usage(experts: Tensor, num_experts: int, domain: Tensor | None = None
     nobody = num_domains * num_experts
     inside = (ids >= 0) & (ids < num_experts) & (home >= 0) & (home < num_domains)
     slots = torch.where(inside, ids + num_experts * home, nobody).reshape(-1)
-    counts = ids.new_zeros(nobody + 1).scatter_add_(0, slots, torch.ones_like(slots))
-    return counts[:nobody].reshape(num_domains, num_experts)
+    return count_ids(slots, nobody).reshape(num_domains, num_experts)
+
+
+def count_ids(ids: Tensor, number: int) -> Tensor:
+    """[number] int64: how often each id occurs in [n] int64 ids from 0 to `number`, which itself stands for nobody."""
+    # Not bincount, whose size a compiler cannot know and a GPU has to be waited for.
+    return ids.new_zeros(number + 1).scatter_add_(0, ids, torch.ones_like(ids))[:number]
 
 
 def _check_range(name: str, values: Tensor, low: int, high: int) -> None:

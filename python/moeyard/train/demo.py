@@ -28,6 +28,7 @@ from moeyard.train.demo_comparison import StepComparison, compare_steps
 from moeyard.train.errors import UsageError
 from moeyard.train.files import write_json
 from moeyard.train.metrics import read_metrics
+from moeyard.train.module import random_state_apart
 from moeyard.train.processes import need_device
 from moeyard.train.report import write_report
 from moeyard.train.runs import versions
@@ -182,7 +183,7 @@ def settings(options: DemoOptions) -> TrainConfig:
 
 def build_model(config: TrainConfig, data: StructuresDemoData) -> StructurePretraining:
     # Seeded without a trace: whoever calls the demo from a program keeps their own random state.
-    with torch.random.fork_rng(devices=[]):
+    with random_state_apart():
         torch.manual_seed(config.seed)
         return system.build_model(config, data)
 

@@ -29,6 +29,7 @@ from moeyard.ops import (
     topk_gating,
     unpermute_tokens,
 )
+from moeyard.train.module import random_state_apart
 
 ROUNDS = 7
 LONGEST = 2.0  # seconds for one step, then fewer rounds have to do
@@ -94,7 +95,7 @@ def compare_steps(
     found.append(
         _timed("permute", lambda: permute(h, gating.experts, num_experts), lambda: plain_permute(h, gating.experts))
     )
-    with torch.random.fork_rng(devices=[]):
+    with random_state_apart():
         torch.manual_seed(seed)
         experts = Experts(num_experts, dim, hidden)
     rows, slots = permute_tokens(h, plan), plan.slot_of_row.long()

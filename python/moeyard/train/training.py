@@ -15,6 +15,7 @@ from moeyard.train.config import TrainConfig, config_class, signature
 from moeyard.train.errors import UsageError
 from moeyard.train.evaluation import evaluate
 from moeyard.train.files import clear_disk_errors
+from moeyard.train.module import random_state_apart
 from moeyard.train.processes import Processes, joined, need_device
 from moeyard.train.runs import Run, RunStore
 from moeyard.train.system import Data, Progress, System, load_system
@@ -131,7 +132,7 @@ def _built(system: System, config: TrainConfig, progress: Progress | None) -> tu
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(f"{system.name}: {error}") from error
     # Seeded without a trace: whoever trains from a program keeps their own random state.
-    with torch.random.fork_rng(devices=[]):
+    with random_state_apart():
         torch.manual_seed(config.seed)
         return data, system.build_model(config, data)
 
